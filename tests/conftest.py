@@ -1,0 +1,84 @@
+"""Fixtures shared by all tests: small pictures, and a model that needs no training."""
+
+import os
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+from numpy.typing import NDArray
+from PIL import Image
+
+from vsc_serve.bundle import Manifest
+from vsc_serve.codes import threshold_logit
+from vsc_serve.encoder import Encoder
+from vsc_serve.preprocess import PixelSpec
+
+
+class FakeSession:
+    """A Session whose model is one fixed linear map: no file, no engine, real codes."""
+
+    engine = "fake 1.0 cpu"
+
+    def __init__(self, input_dim: int, latent_dim: int) -> None:
+        rng = np.random.default_rng(0)
+        self._weight = rng.normal(size=(input_dim, 2 * latent_dim)).astype(np.float64)
+
+    def run(
+        self, outputs: Sequence[str], feeds: Mapping[str, NDArray[Any]]
+    ) -> list[NDArray[np.float32]]:
+        (rows,) = (value for name, value in feeds.items() if name in ("image", "vector"))
+        limit = feeds.get("tau_logit", np.array(threshold_logit(0.5)))
+        flat = rows.reshape(len(rows), -1).astype(np.float64) / 255.0 - 0.5
+        spike_logit, mu = np.split((flat @ self._weight).astype(np.float32), 2, axis=1)
+        named = {
+            "code": np.where(spike_logit > limit + 2.0, mu, np.float32(0.0)),
+            "spike_logit": spike_logit - 2.0,
+            "mu": mu,
+        }
+        return [named[name] for name in outputs]
+
+
+@pytest.fixture()
+def pixel_spec() -> PixelSpec:
+    return PixelSpec(height=8, width=8, channels=1)
+
+
+@pytest.fixture()
+def fake_encoder(pixel_spec: PixelSpec) -> Encoder:
+    manifest = Manifest(
+        name="fake",
+        modality="image",
+        latent_dim=16,
+        tau=0.5,
+        alpha=0.1,
+        active=4.0,
+        opset=20,
+        files={"encoder.onnx": "0" * 64},
+        probes=[],
+        pixel_spec=pixel_spec,
+    )
+    return Encoder(FakeSession(64, 16), manifest)
+
+
+@pytest.fixture()
+def picture_folder(tmp_path: Path) -> Path:
+    """Twelve grey 8x8 pictures: ten at the top, two in a folder with a non-ASCII name."""
+    folder = tmp_path / "pictures"
+    (folder / "größer").mkdir(parents=True)
+    rng = np.random.default_rng(1)
+    for number in range(12):
+        name = f"{number:02}.png" if number < 10 else f"größer/{number:02}.png"
+        pixels = rng.integers(0, 256, (8, 8), dtype=np.uint8)
+        Image.fromarray(pixels).save(folder / name)
+    return folder
+
+
+@pytest.fixture(scope="session")
+def data_folder() -> Path:
+    """Where the data for work on the project lies (VSC_DATA); tests that need it skip without."""
+    named = os.environ.get("VSC_DATA")
+    if not named:
+        pytest.skip("VSC_DATA is not set: docs/development.md says what belongs there")
+    return Path(named)

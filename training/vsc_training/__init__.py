@@ -1,0 +1,1 @@
+"""Fit Variational Sparse Coding models with torch."""

@@ -1,0 +1,240 @@
+"""The run folder: one checkpoint that is always whole, and JSON for people and programs.
+
+A run folder holds
+
+    checkpoint.safetensors    weights, optimiser moments, random states; its header holds the JSON
+    state recipe.toml               the resolved recipe samples.npz               some examples, on
+    which an export is compared with the model run.json                  what the run is: data,
+    network, step, figures log.jsonl                 one line per logged step tensorboard/
+    the same for TensorBoard
+
+The checkpoint is written under a temporary name and renamed, so the last good one survives
+anything.
+"""
+
+import json
+import shutil
+import zipfile
+from collections.abc import Sequence
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any, Final
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from safetensors import SafetensorError, safe_open
+from safetensors.torch import save
+from torch import Tensor
+
+from vsc_serve.atomic import atomic_file
+from vsc_serve.errors import InputError, UsageError
+from vsc_serve.images import BadImage
+from vsc_serve.preprocess import PixelSpec
+from vsc_training.config import Recipe, recipe_from
+from vsc_training.model import VSC, DataSpec
+
+FORMAT: Final = 1
+CHECKPOINT: Final = "checkpoint.safetensors"
+RECIPE: Final = "recipe.toml"
+SUMMARY: Final = "run.json"
+LOG: Final = "log.jsonl"
+SAMPLES: Final = "samples.npz"
+SAMPLE_COUNT: Final = 512
+"""Examples kept for the export's comparison."""
+
+_WEIGHTS: Final = "weights."
+_OPTIMIZER: Final = "optimizer."
+_RANDOM: Final = "random."
+
+
+@dataclass(frozen=True, kw_only=True)
+class RunState:
+    """The part of a checkpoint that is not tensors."""
+
+    step: int
+    """Optimiser steps done."""
+    recipe: Recipe
+    """The resolved recipe."""
+    data: DataSpec
+    """What the model is fitted to."""
+    data_fingerprint: str
+    """Digest of the training data."""
+    figures: dict[str, Any]
+    """Last figures of health and loss."""
+    name: str
+    """Name of the model."""
+
+
+@dataclass(frozen=True)
+class Checkpoint:
+    """A checkpoint in memory."""
+
+    state: RunState
+    weights: dict[str, Tensor]
+    optimizer: dict[str, Tensor]
+    random: dict[str, Tensor]
+
+    def build_model(self) -> VSC:
+        """Return the model with the stored weights, in eval mode, on the CPU."""
+        model = VSC(self.state.recipe, self.state.data)
+        model.load_state_dict(self.weights)
+        return model.eval()
+
+
+def save_checkpoint(run: Path, checkpoint: Checkpoint) -> None:
+    """Write a checkpoint and the JSON summary beside it. Raises InputError (a full disk)."""
+    tensors = (
+        _prefixed(_WEIGHTS, checkpoint.weights)
+        | _prefixed(_OPTIMIZER, checkpoint.optimizer)
+        | _prefixed(_RANDOM, checkpoint.random)
+    )
+    state = _state_to_json(checkpoint.state)
+    content = save(tensors, metadata={"vsc_state": json.dumps(state, sort_keys=True)})
+    with atomic_file(run / CHECKPOINT) as file:
+        file.write(content)
+    with atomic_file(run / SUMMARY) as file:
+        file.write((json.dumps(state, indent=2, sort_keys=True) + "\n").encode())
+
+
+def load_checkpoint(run: Path) -> Checkpoint:
+    """Read the checkpoint of a run.
+
+    Raises:
+        UsageError: There is none.
+        InputError: It is damaged or of a newer format.
+    """
+    path = run / CHECKPOINT
+    if not path.is_file():
+        raise UsageError(f"{run}: no {CHECKPOINT} there. Train first: vsc train DATA --out {run}")
+    try:
+        with safe_open(path, framework="pt") as stored:
+            metadata = stored.metadata() or {}
+            names = list(stored.keys())
+            tensors = {name: stored.get_tensor(name) for name in names}
+        state = json.loads(metadata["vsc_state"])
+    except (SafetensorError, OSError, KeyError, ValueError) as error:
+        raise InputError(f"{path}: damaged ({error}). Train again or restore a copy.") from error
+    return Checkpoint(
+        _state_from_json(state, path),
+        _stripped(_WEIGHTS, tensors),
+        _stripped(_OPTIMIZER, tensors),
+        _stripped(_RANDOM, tensors),
+    )
+
+
+def start_run(
+    run: Path,
+    recipe: Recipe,
+    rows: NDArray[Any],
+    bad: Sequence[BadImage],
+    *,
+    resume: bool,
+    force: bool,
+) -> bool:
+    """Make the run folder and write what is known before training.
+
+    Args:
+        run: The folder.
+        recipe: The resolved recipe.
+        rows: All examples; a few are kept for the export.
+        bad: Files that could not be read.
+        resume: Keep what is there.
+        force: Remove what is there.
+
+    Returns:
+        Whether there is a checkpoint to resume from.
+    """
+    if resume and (run / CHECKPOINT).is_file():
+        return True
+    if run.is_dir() and force:
+        shutil.rmtree(run)
+    run.mkdir(parents=True, exist_ok=True)
+    with atomic_file(run / RECIPE) as file:
+        file.write(recipe.to_toml().encode())
+    save_samples(run, rows[:: max(1, len(rows) // SAMPLE_COUNT)][:SAMPLE_COUNT])
+    if bad:
+        with atomic_file(run / "errors.jsonl") as file:
+            file.writelines(
+                (json.dumps({"id": image.id, "reason": image.reason}) + "\n").encode()
+                for image in bad
+            )
+    return False
+
+
+def save_samples(run: Path, rows: NDArray[Any]) -> None:
+    """Keep some examples beside the checkpoint, shape (rows, *shape)."""
+    with atomic_file(run / SAMPLES) as file:
+        np.savez_compressed(file, rows=rows)
+
+
+def load_samples(run: Path) -> NDArray[Any]:
+    """Read what `save_samples` kept. Raises InputError when it is missing or damaged."""
+    try:
+        with np.load(run / SAMPLES, allow_pickle=False) as stored:
+            rows: NDArray[Any] = stored["rows"]
+    except (OSError, ValueError, KeyError, EOFError, zipfile.BadZipFile) as error:
+        raise InputError(f"{run / SAMPLES}: unreadable ({error}). Train again.") from error
+    return rows
+
+
+def optimizer_tensors(optimizer: torch.optim.Optimizer) -> dict[str, Tensor]:
+    """Return the optimiser's state as named tensors."""
+    return {
+        f"{position}.{name}": value
+        for position, slots in optimizer.state_dict()["state"].items()
+        for name, value in slots.items()
+    }
+
+
+def restore_optimizer(optimizer: torch.optim.Optimizer, tensors: dict[str, Tensor]) -> None:
+    """Put back what `optimizer_tensors` took."""
+    stored = optimizer.state_dict()
+    slots: dict[int, dict[str, Tensor]] = {}
+    for key, value in tensors.items():
+        position, name = key.split(".", 1)
+        slots.setdefault(int(position), {})[name] = value
+    stored["state"] = slots
+    optimizer.load_state_dict(stored)
+
+
+def _state_to_json(state: RunState) -> dict[str, Any]:
+    spec = state.data.pixel_spec
+    return {
+        "format": FORMAT,
+        "name": state.name,
+        "step": state.step,
+        "recipe": asdict(state.recipe),
+        "pixel_spec": spec.to_json() if spec else None,
+        "input_dim": state.data.input_dim,
+        "data_fingerprint": state.data_fingerprint,
+        "figures": state.figures,
+    }
+
+
+def _state_from_json(stored: dict[str, Any], path: Path) -> RunState:
+    if stored.get("format") != FORMAT:
+        raise InputError(
+            f"{path}: checkpoint format {stored.get('format')}, but this version reads format"
+            f" {FORMAT}."
+            " Upgrade vsc-serve, or train again."
+        )
+    spec = stored["pixel_spec"]
+    return RunState(
+        step=stored["step"],
+        recipe=recipe_from(stored["recipe"], where=str(path)),
+        data=DataSpec(
+            pixel_spec=PixelSpec.from_json(spec) if spec else None, input_dim=stored["input_dim"]
+        ),
+        data_fingerprint=stored["data_fingerprint"],
+        figures=stored["figures"],
+        name=stored["name"],
+    )
+
+
+def _prefixed(prefix: str, tensors: dict[str, Tensor]) -> dict[str, Tensor]:
+    return {prefix + name: tensor.detach().cpu().contiguous() for name, tensor in tensors.items()}
+
+
+def _stripped(prefix: str, tensors: dict[str, Tensor]) -> dict[str, Tensor]:
+    return {name[len(prefix) :]: t for name, t in tensors.items() if name.startswith(prefix)}

@@ -1,0 +1,104 @@
+"""`vsc train`. torch is imported inside the command, so that help stays fast."""
+
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any
+
+import typer
+
+from vsc_serve.console import progress, require_extra, say
+
+if TYPE_CHECKING:
+    from vsc_training.config import Recipe
+    from vsc_training.data import Examples
+    from vsc_training.metrics import Health
+
+app = typer.Typer()
+
+
+@app.command()
+def train(
+    data: Annotated[Path, typer.Argument(help="Folder of pictures, .npz or .npy.")],
+    out: Annotated[Path, typer.Option(help="Run folder to write.")],
+    *,
+    recipe: Annotated[str, typer.Option(help="sparse, paper, or a TOML file.")] = "sparse",
+    overrides: Annotated[
+        list[str] | None, typer.Option("--set", help="Override a field: key=value.")
+    ] = None,
+    active: Annotated[
+        float | None, typer.Option(help="Active latents per image to ask for (sets alpha).")
+    ] = None,
+    size: Annotated[
+        int | None, typer.Option(help="Side of the square that pictures become.", min=1)
+    ] = None,
+    device: Annotated[str, typer.Option(help="auto, cpu or cuda.")] = "auto",
+    threads: Annotated[int, typer.Option(help="CPU threads (0: torch chooses).", min=0)] = 0,
+    resume: Annotated[
+        bool, typer.Option("--resume", help="Go on from the last checkpoint.")
+    ] = False,
+    force: Annotated[bool, typer.Option("--force", help="Replace the run.")] = False,
+) -> None:
+    """Fit a model to a folder of pictures or an array."""
+    require_extra("train", "torch", "safetensors", "tensorboard")
+    from vsc_serve.atomic import refuse_existing
+    from vsc_training.config import load_recipe
+    from vsc_training.data import load_examples
+
+    resolved = load_recipe(recipe, overrides or [], active=active)
+    if not resume:
+        refuse_existing(out, force=force)
+    chosen = _device(device, threads)
+    examples = load_examples(data, size=size)
+    _say_data(data, examples)
+    health = _fit(resolved, examples, out, chosen, resume=resume, force=force)
+    asked = resolved.active
+    say("codes", f"{health}")
+    say("asked", f"{asked:.1f} active per image, got {health.active:.1f}")
+    say("next", f"vsc export {out} --out model/")
+
+
+def _fit(
+    recipe: "Recipe", examples: "Examples", out: Path, device: Any, *, resume: bool, force: bool
+) -> "Health":
+    from vsc_training.checkpoint import start_run
+    from vsc_training.fit import fit, uses_bfloat16
+    from vsc_training.model import choose_network
+
+    network = choose_network(recipe, examples.spec)
+    products = "bfloat16 products" if uses_bfloat16(recipe, device) else "float32"
+    say(
+        "model",
+        f"VSC {network}, J={recipe.latent_dim}, alpha={recipe.alpha:g}, U={recipe.pseudo_inputs}",
+    )
+    say("fit", f"{recipe.steps} steps of {recipe.batch_size} on {device.type}, {products}")
+    resume = start_run(out, recipe, examples.rows, examples.bad, resume=resume, force=force)
+    with progress("train", recipe.steps, "steps") as shown:
+        return fit(
+            recipe,
+            examples,
+            out,
+            device=device,
+            resume=resume,
+            name=out.resolve().name,
+            report=shown.update,
+        )
+
+
+def _device(choice: str, threads: int) -> Any:
+    import torch
+
+    from vsc_serve.errors import UsageError
+    from vsc_training.fit import choose_device
+
+    if choice not in ("auto", "cpu", "cuda"):
+        raise UsageError(f"--device must be auto, cpu or cuda, not {choice}")
+    if threads:
+        torch.set_num_threads(threads)
+    return choose_device(choice)  # type: ignore[arg-type]  # checked above
+
+
+def _say_data(path: Path, examples: "Examples") -> None:
+    spec = examples.spec.pixel_spec or f"vectors of {examples.spec.input_dim}"
+    labels = "" if examples.labels is None else f", {len(set(examples.labels.tolist()))} classes"
+    say("data", f"{path}: {len(examples.rows):,} examples, {spec}{labels}")
+    if examples.bad:
+        say("skipped", f"{len(examples.bad)} files that cannot be read (errors.jsonl in the run)")

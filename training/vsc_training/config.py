@@ -1,0 +1,219 @@
+"""Recipes: every choice of a training run, as one flat table that TOML files and `--set` fill in.
+
+The two recipes that ship, `sparse` and `paper`, are TOML files in `recipes/`; each documents every
+field.
+"""
+
+import difflib
+import tomllib
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict, dataclass, fields, replace
+from importlib.resources import files
+from pathlib import Path
+from typing import Any, Final, Literal, get_args, get_type_hints
+
+from vsc_serve.errors import UsageError
+
+Network = Literal["auto", "mlp", "conv"]
+Likelihood = Literal["auto", "bernoulli", "gaussian"]
+SpikeEstimator = Literal["straight_through", "relaxed", "hard_concrete"]
+Classifier = Literal["softmax", "sigmoid"]
+Sparsity = Literal["per_latent", "global"]
+Interpolation = Literal["variance", "deviation", "geometric"]
+Precision = Literal["auto", "float32", "bfloat16"]
+OnCollapse = Literal["stop", "warn"]
+
+BUILT_IN: Final = ("sparse", "paper")
+
+
+@dataclass(frozen=True, kw_only=True)
+class Recipe:
+    """Every choice of a training run. The defaults are the `sparse` recipe."""
+
+    network: Network = "auto"
+    """Layers of encoder and decoder. `auto`: mlp for vectors and small grey images, else conv."""
+    hidden: int = 400
+    """Units of each hidden layer (mlp), or of the layer between convolutions and code (conv)."""
+    layers: int = 1
+    """Hidden layers of the mlp encoder, and of its decoder."""
+    width: int = 32
+    """Channels after the first convolution; doubled by each one that follows."""
+    latent_dim: int = 200
+    """Latents J: columns of a code."""
+    likelihood: Likelihood = "auto"
+    """`bernoulli` for values in [0, 1], `gaussian` (learned log-variance) for vectors."""
+
+    spike: SpikeEstimator = "straight_through"
+    """How gradients pass the on/off choice of a latent."""
+    sharpness_start: float = 50.0
+    """Slope c of the relaxed spike at the first step."""
+    sharpness_end: float = 200.0
+    """Slope c of the relaxed spike at the last step."""
+
+    pseudo_inputs: int = 64
+    """Pseudo-inputs U of the prior."""
+    classifier: Classifier = "softmax"
+    """How the classifier's scores become the weights of the pseudo-inputs."""
+    prior_sharpness: float = 10.0
+    """Slope nu that keeps the prior's spike probabilities off 0 and 1."""
+
+    alpha: float = 0.05
+    """Share of active latents that is asked for, above 0 and below 1."""
+    beta: float = 0.25
+    """Weight of the KL divergence to the prior."""
+    sparsity: Sparsity = "per_latent"
+    """`per_latent`: each latent is held to alpha; `global`: only the average of all is."""
+    sparsity_weight: float = 1.0
+    """Weight of the sparsity term."""
+    balance_weight: float = 2.0
+    """Weight of the term that keeps all pseudo-inputs in use."""
+
+    warmup_start: float = 0.1
+    """Share of the steps up to which lambda is 0: an active latent is pure noise."""
+    warmup_end: float = 0.2
+    """Share of the steps from which lambda is 1."""
+    interpolation: Interpolation = "variance"
+    """What warm-up interpolates between 1 and the slab's own."""
+
+    steps: int = 5000
+    """Optimiser steps."""
+    batch_size: int = 128
+    """Images per step."""
+    learning_rate: float = 1e-3
+    """Step size of Adam."""
+    learning_rate_drop_at: float = 0.8
+    """Share of the steps after which the learning rate is a tenth."""
+    validation_share: float = 0.1
+    """Share of the images that is kept out of training, chosen by their content."""
+    precision: Precision = "auto"
+    """`auto`: bfloat16 matrix products where the processor has them; the bound stays float32."""
+    on_collapse: OnCollapse = "stop"
+    """What a collapsed model does to the run."""
+    seed: int = 0
+    """Seed of weights, order and noise."""
+
+    def __post_init__(self) -> None:
+        for name, hint in get_type_hints(type(self)).items():
+            _check_type(name, getattr(self, name), hint)
+        self._check_ranges()
+
+    def _check_ranges(self) -> None:
+        for name in (
+            "hidden",
+            "layers",
+            "width",
+            "latent_dim",
+            "pseudo_inputs",
+            "steps",
+            "batch_size",
+        ):
+            _require(getattr(self, name) >= 1, name, getattr(self, name), "at least 1")
+        for name in ("alpha", "learning_rate_drop_at"):
+            _require(0 < getattr(self, name) < 1, name, getattr(self, name), "above 0 and below 1")
+        for name in ("beta", "sparsity_weight", "balance_weight"):
+            _require(getattr(self, name) >= 0, name, getattr(self, name), "0 or more")
+        for name in ("sharpness_start", "sharpness_end", "prior_sharpness", "learning_rate"):
+            _require(getattr(self, name) > 0, name, getattr(self, name), "above 0")
+        _require(
+            0 <= self.validation_share < 1, "validation_share", self.validation_share, "in [0, 1)"
+        )
+        _require(
+            0 <= self.warmup_start <= self.warmup_end <= 1,
+            "warmup_start, warmup_end",
+            (self.warmup_start, self.warmup_end),
+            "0 <= start <= end <= 1, so that lambda reaches 1",
+        )
+
+    @property
+    def active(self) -> float:
+        """Active latents per image that alpha asks for: alpha J."""
+        return self.alpha * self.latent_dim
+
+    def to_toml(self) -> str:
+        """Return the recipe as TOML, one field a line."""
+        lines = [f"{name} = {_toml_value(value)}" for name, value in asdict(self).items()]
+        return "\n".join(lines) + "\n"
+
+
+def load_recipe(name: str, overrides: Sequence[str] = (), *, active: float | None = None) -> Recipe:
+    """Read a recipe and override single fields.
+
+    Args:
+        name: `sparse`, `paper`, or the path of a TOML file.
+        overrides: `key=value` texts.
+        active: Active latents per image to ask for; sets alpha to active / J.
+
+    Returns:
+        The checked recipe.
+
+    Raises:
+        UsageError: No such recipe, an unknown field (the nearest name is suggested) or a bad value.
+    """
+    values = _read_toml(name) | dict(_parse_override(text) for text in overrides)
+    recipe = recipe_from(values, where=f"recipe {name}")
+    if active is None:
+        return recipe
+    if not 0 < active < recipe.latent_dim:
+        raise UsageError(
+            f"--active must be above 0 and below {recipe.latent_dim} (the latents), not {active:g}"
+        )
+    return replace(recipe, alpha=active / recipe.latent_dim)
+
+
+def recipe_from(values: Mapping[str, Any], *, where: str) -> Recipe:
+    """Build a recipe from a table of fields. Raises UsageError; `where` says which table."""
+    known = [field.name for field in fields(Recipe)]
+    for key in values:
+        if key not in known:
+            near = difflib.get_close_matches(key, known, n=1)
+            hint = f"Did you mean {near[0]}?" if near else f"Known: {', '.join(known)}."
+            raise UsageError(f"{where}: no field {key!r}. {hint}")
+    return Recipe(**values)
+
+
+def _read_toml(name: str) -> dict[str, Any]:
+    if name in BUILT_IN:
+        text = (files("vsc_training") / "recipes" / f"{name}.toml").read_text(encoding="utf-8")
+    else:
+        try:
+            text = Path(name).read_text(encoding="utf-8")
+        except (OSError, UnicodeDecodeError) as error:
+            raise UsageError(
+                f"--recipe {name}: not one of {', '.join(BUILT_IN)}, and no readable file"
+                f" ({error})."
+            ) from error
+    try:
+        return tomllib.loads(text)
+    except tomllib.TOMLDecodeError as error:
+        raise UsageError(f"--recipe {name}: not TOML ({error}).") from error
+
+
+def _parse_override(text: str) -> tuple[str, Any]:
+    """Read `key=value`; the value is TOML, or a plain word."""
+    key, separator, value = text.partition("=")
+    if not separator:
+        raise UsageError(f"--set {text}: expected key=value, for example --set alpha=0.02")
+    try:
+        return key.strip(), tomllib.loads(f"value = {value}")["value"]
+    except tomllib.TOMLDecodeError:
+        return key.strip(), value.strip()
+
+
+def _check_type(name: str, value: object, hint: Any) -> None:
+    choices = get_args(hint)
+    if choices:
+        _require(value in choices, name, value, f"one of {', '.join(choices)}")
+    elif hint is float:
+        is_number = isinstance(value, int | float) and not isinstance(value, bool)
+        _require(is_number, name, value, "a number")
+    else:
+        _require(type(value) is hint, name, value, "a whole number" if hint is int else "text")
+
+
+def _require(is_met: object, name: str, value: object, rule: str) -> None:
+    if not is_met:
+        raise UsageError(f"recipe: {name} must be {rule}, not {value!r}")
+
+
+def _toml_value(value: object) -> str:
+    return f'"{value}"' if isinstance(value, str) else repr(value)

@@ -1,0 +1,225 @@
+"""Read training data into one array: a folder of pictures, or pixels or vectors in npz or npy.
+
+Pictures go through `vsc_serve.preprocess.to_pixels`, the function that serves them later. Whether
+an example is for training or validation depends on its content alone, so copies of a picture never
+lie on both sides.
+"""
+
+import hashlib
+import logging
+import zipfile
+from collections import Counter
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Final
+
+import numpy as np
+from numpy.typing import NDArray
+from PIL import UnidentifiedImageError
+
+from vsc_serve.errors import InputError, UsageError
+from vsc_serve.images import BadImage, ImageSource, find_images, open_image, read_images
+from vsc_serve.preprocess import PixelSpec
+from vsc_training.model import DataSpec
+
+logger = logging.getLogger(__name__)
+
+_PEEK_COUNT: Final = 200
+"""Pictures whose headers decide about size and colour."""
+_LARGEST_NATURAL_SIDE: Final = 64
+"""Pictures of one size up to this side keep it; all others become squares of this side."""
+_SIDE_STEP: Final = 8
+"""Sides are cut to a multiple of this, so that convolutions can halve them."""
+_GREY_MODES: Final = frozenset({"1", "L", "LA", "La", "I;16", "I;16B", "I;16L", "I;16N"})
+_IMAGE_KEYS: Final = ("images", "train_x", "x")
+_VECTOR_KEYS: Final = ("vectors", "embeddings")
+_LABEL_KEYS: Final = ("labels", "train_y", "y")
+
+
+@dataclass(frozen=True)
+class Examples:
+    """Training data in memory (or mapped from a file)."""
+
+    rows: NDArray[Any]
+    """Pixels, uint8, (images, height, width, channels); or vectors, float32, (rows, dimensions)."""
+    ids: list[str]
+    """One per row."""
+    spec: DataSpec
+    """What one row is."""
+    labels: NDArray[np.int64] | None = None
+    """Class of each row, where class folders or the file say so."""
+    bad: Sequence[BadImage] = ()
+    """Files that could not be read."""
+
+    def fingerprint(self) -> str:
+        """Return a digest of all rows, to tell whether a run goes on with the same data."""
+        digest = hashlib.sha256(f"{self.rows.dtype} {self.rows.shape}".encode())
+        for start in range(0, len(self.rows), 4096):
+            digest.update(np.ascontiguousarray(self.rows[start : start + 4096]).tobytes())
+        return digest.hexdigest()[:16]
+
+    def split(self, validation_share: float) -> tuple[NDArray[np.intp], NDArray[np.intp]]:
+        """Return the rows for training and those for validation, by a digest of each row's content.
+
+        Args:
+            validation_share: Share for validation, in [0, 1).
+        """
+        limit = int(validation_share * 2**32)
+        keys = np.fromiter((_content_key(row) for row in self.rows), np.uint64, len(self.rows))
+        is_validation = keys < limit
+        return np.flatnonzero(~is_validation), np.flatnonzero(is_validation)
+
+
+def load_examples(path: Path, *, size: int | None = None) -> Examples:
+    """Read training data.
+
+    Args:
+        path: A folder of pictures (class folders give labels), or an `.npz` or `.npy` file with
+            uint8 images (count, height, width[, channels]) or float vectors (count, dimensions).
+        size: Side of the square that pictures become; None chooses it from the pictures.
+
+    Returns:
+        The examples, checked: at least two, not all alike, finite.
+
+    Raises:
+        UsageError: Nothing there, or nothing usable.
+        InputError: The file cannot be used.
+    """
+    if path.is_dir():
+        examples = _load_folder(path, size)
+    elif path.suffix in (".npz", ".npy") and path.is_file():
+        if size is not None:
+            raise UsageError(
+                "--size is for folders of pictures; the pixels of a file stay as they are"
+            )
+        examples = _load_file(path)
+    else:
+        raise UsageError(f"{path}: no folder of pictures and no .npz or .npy file. Check the path.")
+    _check_rows(path, examples.rows)
+    return examples
+
+
+def choose_pixel_spec(sources: Sequence[ImageSource], size: int | None) -> PixelSpec:
+    """Choose size and colour from the headers of the first pictures.
+
+    Grey when all of them are grey. Their own size when all have the same one and it is at most
+    64x64, else a square of 64; sides of colour pictures are multiples of 8.
+
+    Args:
+        sources: The pictures.
+        size: Side of a square, in place of the choice.
+    """
+    seen = Counter(header for source in sources[:_PEEK_COUNT] if (header := _read_header(source)))
+    is_grey = bool(seen) and all(mode in _GREY_MODES for mode, _ in seen)
+    sizes = {dimensions for _, dimensions in seen}
+    width, height = (_LARGEST_NATURAL_SIDE, _LARGEST_NATURAL_SIDE)
+    if size is not None:
+        width, height = (size, size)
+    elif len(sizes) == 1 and max(next(iter(sizes))) <= _LARGEST_NATURAL_SIDE:
+        width, height = next(iter(sizes))
+        if not is_grey:
+            width, height = (max(side // _SIDE_STEP, 1) * _SIDE_STEP for side in (width, height))
+    try:
+        return PixelSpec(height=height, width=width, channels=1 if is_grey else 3)
+    except ValueError as error:
+        raise UsageError(f"--size: {error}") from error
+
+
+def _read_header(source: ImageSource) -> tuple[str, tuple[int, int]] | None:
+    try:
+        with open_image(source.path) as image:
+            return image.mode, image.size
+    except (OSError, UnidentifiedImageError, InputError, SyntaxError, ValueError):
+        return None  # read_images gives the reason when it comes to this file
+
+
+def _load_folder(folder: Path, size: int | None) -> Examples:
+    sources = find_images([folder])
+    spec = choose_pixel_spec(sources, size)
+    pixels, ids, bad = read_images(sources, spec)
+    if not ids:
+        raise UsageError(
+            f"{folder}: none of {len(sources)} image files can be read; the first: {bad[0].id}:"
+            f" {bad[0].reason}"
+        )
+    return Examples(pixels, ids, DataSpec(pixel_spec=spec), _folder_labels(ids), bad)
+
+
+def _folder_labels(ids: Sequence[str]) -> NDArray[np.int64] | None:
+    """Number the class folders in sorted order; None unless each picture lies in one of several."""
+    classes = sorted({identity.split("/")[0] for identity in ids if "/" in identity})
+    if len(classes) < 2 or any("/" not in identity for identity in ids):
+        return None
+    number = {name: position for position, name in enumerate(classes)}
+    return np.array([number[identity.split("/")[0]] for identity in ids], np.int64)
+
+
+def _load_file(path: Path) -> Examples:
+    arrays = _read_arrays(path)
+    name, rows = _pick_rows(path, arrays)
+    labels = next((arrays[key] for key in _LABEL_KEYS if key in arrays and key != name), None)
+    if labels is not None and labels.shape != (len(rows),):
+        raise InputError(f"{path}: {len(rows)} rows but labels of shape {labels.shape}.")
+    ids = [str(number) for number in range(len(rows))]
+    integers = None if labels is None else labels.astype(np.int64)
+    if rows.ndim == 2:
+        return Examples(
+            rows.astype(np.float32, copy=False), ids, DataSpec(input_dim=rows.shape[1]), integers
+        )
+    images = rows if rows.ndim == 4 else rows[..., None]
+    spec = PixelSpec(height=images.shape[1], width=images.shape[2], channels=images.shape[3])
+    return Examples(images, ids, DataSpec(pixel_spec=spec), integers)
+
+
+def _read_arrays(path: Path) -> dict[str, NDArray[Any]]:
+    """Read an npz, or map an npy (which may be larger than memory)."""
+    try:
+        if path.suffix == ".npy":
+            return {"array": np.load(path, mmap_mode="r", allow_pickle=False)}
+        with np.load(path, allow_pickle=False) as stored:
+            return {name: stored[name] for name in stored.files}
+    except (OSError, ValueError, EOFError, zipfile.BadZipFile) as error:
+        raise InputError(f"{path}: not readable as numpy data ({error}).") from error
+
+
+def _pick_rows(path: Path, arrays: dict[str, NDArray[Any]]) -> tuple[str, NDArray[Any]]:
+    """Choose the array to train on: a known name, or the only one that fits."""
+    known = [name for name in _IMAGE_KEYS + _VECTOR_KEYS if name in arrays]
+    fitting = [name for name, array in arrays.items() if _is_rows(array)]
+    chosen = known[:1] or (fitting if len(fitting) == 1 else [])
+    if not chosen or not _is_rows(arrays[chosen[0]]):
+        found = ", ".join(f"{name} {array.dtype} {array.shape}" for name, array in arrays.items())
+        raise InputError(
+            f"{path}: expected uint8 images (count, height, width[, 1 or 3]) or float vectors"
+            f" (count, dimensions), under a name such as {_IMAGE_KEYS[0]} or {_VECTOR_KEYS[0]};"
+            f" found {found}."
+        )
+    return chosen[0], arrays[chosen[0]]
+
+
+def _is_rows(array: NDArray[Any]) -> bool:
+    is_images = array.dtype == np.uint8 and (
+        array.ndim == 3 or (array.ndim == 4 and array.shape[3] in (1, 3))
+    )
+    return is_images or (array.dtype.kind == "f" and array.ndim == 2)
+
+
+def _check_rows(path: Path, rows: NDArray[Any]) -> None:
+    if len(rows) < 2:
+        raise UsageError(f"{path}: {len(rows)} usable example; training needs at least 2.")
+    if rows.dtype.kind == "f":
+        is_finite = np.isfinite(rows).all(axis=1)
+        if not is_finite.all():
+            row = int(np.flatnonzero(~is_finite)[0])
+            raise InputError(
+                f"{path}: {np.count_nonzero(~is_finite)} rows hold NaN or infinity, the first is"
+                f" row {row}."
+                " Remove them."
+            )
+    if all(np.array_equal(row, rows[0]) for row in rows):
+        raise InputError(f"{path}: all {len(rows)} examples are alike; there is nothing to learn.")
+
+
+def _content_key(row: NDArray[Any]) -> int:
+    return int.from_bytes(hashlib.blake2b(row.tobytes(), digest_size=4).digest(), "little")

@@ -1,0 +1,153 @@
+"""Figures of a model on data: what is active, what has died, what the codes lose."""
+
+import math
+from collections.abc import Iterator
+from dataclasses import asdict, dataclass
+from typing import Any, Final
+
+import torch
+from torch import Tensor
+
+from vsc_serve.analysis.features import ALWAYS_ON_SHARE, LIVE_SHARE
+from vsc_training.config import Recipe
+from vsc_training.model import VSC
+from vsc_training.objective import kl_prior, selection_cost
+from vsc_training.spike import hard_spike
+
+PSEUDO_USED_SHARE: Final = 0.005
+"""A pseudo-input is in use when it is the nearest one of at least this share of the images."""
+
+_MIN_ACTIVE: Final = 0.5
+_MAX_EMPTY_SHARE: Final = 0.5
+_MAX_ALWAYS_ON_PART: Final = 0.5
+"""Largest part of an image's active latents that may be the same ones in every image."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Health:
+    """Figures of the deterministic codes of a set of images, and the bound beside them."""
+
+    images: int
+    """Images measured."""
+    active: float
+    """Active latents per image, mean."""
+    empty_share: float
+    """Share of images with no active latent."""
+    live: int
+    """Latents on for at least 0.1 % of the images."""
+    always_on: int
+    """Latents on for more than 99 % of the images."""
+    latents: int
+    """Latents J."""
+    pseudo_used: int
+    """Pseudo-inputs that are the nearest one for at least 0.5 % of the images."""
+    elbo_paper: float
+    """-(reconstruction + KL), hard spikes, nats per image."""
+    elbo: float
+    """elbo_paper minus the cost of choosing the pseudo-input by the image."""
+    reconstruction: float
+    """Negative log-likelihood, hard spikes, one sample, nats per image."""
+    kl: float
+    """KL divergence to the prior, nats per image."""
+    squared_error: float
+    """Squared error per image of the reconstruction from the deterministic code."""
+
+    def to_json(self) -> dict[str, Any]:
+        """Return the figures, rounded to what they are worth."""
+        return {
+            name: round(value, 5) if isinstance(value, float) else value
+            for name, value in asdict(self).items()
+        }
+
+    def __str__(self) -> str:
+        return (
+            f"active {self.active:.1f} per image, live {self.live}/{self.latents}, always on"
+            f" {self.always_on}, squared error {self.squared_error:.2f}, elbo {self.elbo:.1f} nats"
+        )
+
+
+def deterministic_code(spike_logit: Tensor, mu: Tensor, limit: float = 0.0) -> Tensor:
+    """Return mu where the spike logit is above the limit, else 0, shape (images, latents)."""
+    return torch.where(spike_logit > limit, mu, 0.0)
+
+
+@torch.no_grad()
+def measure_health(model: VSC, batches: Iterator[Tensor], generator: torch.Generator) -> Health:
+    """Measure a model on batches of examples.
+
+    Args:
+        model: The model; its mode is not changed.
+        batches: Examples as `VSC.encode` takes them.
+        generator: Noise of the one sample behind the bound.
+    """
+    image_count = 0
+    counts: dict[str, Tensor] = {}
+    firing = torch.zeros(model.recipe.latent_dim, dtype=torch.float64)
+    nearest = torch.zeros(model.recipe.pseudo_inputs, dtype=torch.float64)
+    prior = model.prior()
+    for examples in batches:
+        q = model.encode(examples)
+        weights = model.weights(examples)
+        uniform = torch.rand(q.mu.shape, generator=generator, device=q.mu.device)
+        noise = torch.randn(q.mu.shape, generator=generator, device=q.mu.device)
+        z = hard_spike(q.spike_logit, uniform) * (q.mu + noise * torch.exp(0.5 * q.logvar))
+        code = deterministic_code(q.spike_logit, q.mu)
+        is_on = q.spike_logit > 0
+        sums = {
+            "active": is_on.sum(),
+            "empty": (~is_on.any(1)).sum(),
+            "reconstruction": model.nll(z, examples).sum(),
+            "kl": kl_prior(q, prior, weights).sum(),
+            "selection": selection_cost(weights).sum(),
+            "squared_error": (model.decode(code) - examples).square().sum(),
+        }
+        for name, value in sums.items():
+            counts[name] = (
+                counts.get(name, torch.zeros((), dtype=torch.float64)) + value.double().cpu()
+            )
+        firing += is_on.sum(0).double().cpu()
+        chosen = weights.argmax(1).cpu()
+        nearest += torch.bincount(chosen, minlength=len(nearest)).double()
+        image_count += len(examples)
+    mean = {name: float(value) / image_count for name, value in counts.items()}
+    elbo_paper = -(mean["reconstruction"] + mean["kl"])
+    return Health(
+        images=image_count,
+        active=mean["active"],
+        empty_share=mean["empty"],
+        live=int((firing >= LIVE_SHARE * image_count).sum()),
+        always_on=int((firing > ALWAYS_ON_SHARE * image_count).sum()),
+        latents=model.recipe.latent_dim,
+        pseudo_used=int((nearest >= max(PSEUDO_USED_SHARE * image_count, 1)).sum()),
+        elbo_paper=elbo_paper,
+        elbo=elbo_paper - mean["selection"],
+        reconstruction=mean["reconstruction"],
+        kl=mean["kl"],
+        squared_error=mean["squared_error"],
+    )
+
+
+def find_collapse(health: Health, recipe: Recipe) -> str | None:
+    """Say which figure is out of range and what to change, or None for a healthy model.
+
+    A model has collapsed when its codes are (nearly) empty, or when most of what is active is the
+    same in every image: then the support says nothing about the image.
+    """
+    if not all(map(math.isfinite, (health.elbo, health.squared_error))):
+        return (
+            f"the bound is not finite (elbo {health.elbo});"
+            f" lower learning_rate (now {recipe.learning_rate:g})"
+        )
+    if health.active < _MIN_ACTIVE or health.empty_share > _MAX_EMPTY_SHARE:
+        return (
+            f"codes are empty ({health.active:.2f} active latents per image,"
+            f" {health.empty_share:.0%} of the images have none); raise alpha (now {recipe.alpha:g}),"
+            f" lower beta (now {recipe.beta:g}), or train longer (steps)"
+        )
+    if health.always_on > max(_MAX_ALWAYS_ON_PART * health.active, 1):
+        return (
+            f"{health.always_on} latents are on in every image, of {health.active:.1f} active ones,"
+            f" and {health.latents - health.live} of {health.latents} are dead; use"
+            f" sparsity=per_latent and a higher sparsity_weight (now {recipe.sparsity_weight:g})"
+        )
+    return None

@@ -1,0 +1,183 @@
+"""The model: encoder, decoder, pseudo-inputs and classifier; nothing about how they are fitted."""
+
+from dataclasses import dataclass
+from math import prod
+from typing import Final, Literal
+
+import torch
+from torch import Tensor, nn
+
+from vsc_serve.preprocess import PixelSpec
+from vsc_training.config import Recipe
+from vsc_training.networks import conv_decoder, conv_encoder, mlp_decoder, mlp_encoder
+from vsc_training.objective import Posterior, bernoulli_nll, gaussian_nll, sharpen
+
+SPIKE_LOGIT_LIMIT: Final = 12.0
+LOGVAR_RANGE: Final = (-10.0, 5.0)
+_LIKELIHOOD_LOGVAR_RANGE: Final = (-8.0, 4.0)
+"""A variance that may go to 0 makes a density unbounded; the authors' code floors it as well."""
+_MLP_SIDE_LIMIT: Final = 32
+"""Grey images up to this side get an mlp unless the recipe says otherwise."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class DataSpec:
+    """What the model is fitted to: images of one shape, or vectors of one length."""
+
+    pixel_spec: PixelSpec | None = None
+    """How a picture becomes pixels. None for vectors."""
+    input_dim: int | None = None
+    """Length of a vector. None for images."""
+
+    @property
+    def shape(self) -> tuple[int, ...]:
+        """Shape of one example."""
+        return self.pixel_spec.shape if self.pixel_spec else (self.input_dim or 0,)
+
+    @property
+    def modality(self) -> Literal["image", "vector"]:
+        """What an example is."""
+        return "image" if self.pixel_spec else "vector"
+
+
+class VSC(nn.Module):
+    """Variational Sparse Coding (Tonolini, Jensen, Murray-Smith, UAI 2019).
+
+        q(z|x)  = prod_j gamma_j N(mu_j, sigma_j^2) + (1 - gamma_j) delta_0      encode
+        p(z|x)  = sum_u w_u q(z|x_u),  w = classifier(x)                         prior, weights
+        p(x|z)  = Bernoulli or Gaussian, means from the decoder                  decode, nll
+
+    Examples are (images, height, width, channels) in [0, 1], or (vectors, dimensions) as they came;
+    vectors are centred and scaled inside (`set_scaling`).
+    """
+
+    def __init__(self, recipe: Recipe, data: DataSpec) -> None:
+        super().__init__()
+        self.recipe = recipe
+        self.data = data
+        self.network = choose_network(recipe, data)
+        self.is_gaussian = recipe.likelihood == "gaussian" or (
+            recipe.likelihood == "auto" and data.modality == "vector"
+        )
+        shape = data.shape
+        if self.network == "mlp":
+            self.encoder = mlp_encoder(shape, recipe.hidden, recipe.layers)
+            self.decoder = mlp_decoder(recipe.latent_dim, recipe.hidden, recipe.layers, shape)
+        else:
+            image_shape = (shape[0], shape[1], shape[2])
+            self.encoder = conv_encoder(image_shape, recipe.width, recipe.hidden)
+            self.decoder = conv_decoder(recipe.latent_dim, recipe.width, recipe.hidden, image_shape)
+        self.spike_head = nn.Linear(recipe.hidden, recipe.latent_dim)
+        self.slab_head = nn.Linear(recipe.hidden, 2 * recipe.latent_dim)
+        self.pseudo_logits = nn.Parameter(torch.zeros(recipe.pseudo_inputs, *shape))
+        self.classifier = nn.Linear(prod(shape), recipe.pseudo_inputs)
+        self.likelihood_logvar = nn.Parameter(torch.zeros(shape)) if self.is_gaussian else None
+        self.register_buffer("center", torch.zeros(shape if data.modality == "vector" else ()))
+        self.register_buffer("scale", torch.ones(()))
+        self.center: Tensor
+        self.scale: Tensor
+
+    def encode(self, examples: Tensor) -> Posterior:
+        """Return the posterior of each example, in float32."""
+        return self._encode_scaled(self._scaled(examples))
+
+    def prior(self) -> Posterior:
+        """Return the posteriors of the pseudo-inputs, spike probabilities sharpened."""
+        return sharpen(
+            self._encode_scaled(self._scaled_pseudo_inputs()), self.recipe.prior_sharpness
+        )
+
+    def weights(self, examples: Tensor) -> Tensor:
+        """Return the classifier's weights, shape (images, pseudo-inputs); rows sum to 1."""
+        scores = self.classifier(self._scaled(examples).flatten(1)).float()
+        if self.recipe.classifier == "softmax":
+            return torch.softmax(scores, dim=1)
+        weights = torch.sigmoid(scores)
+        return weights / weights.sum(1, keepdim=True)
+
+    def decode(self, z: Tensor) -> Tensor:
+        """Return the means of the likelihood, in the units of the data, shape (images, *shape)."""
+        raw: Tensor = self.decoder(z).float()
+        if self.data.modality == "vector":
+            return raw * self.scale + self.center
+        return torch.sigmoid(raw)
+
+    def nll(self, z: Tensor, examples: Tensor) -> Tensor:
+        """Return the negative log-likelihood of the examples in nats, shape (images,).
+
+        Vectors are measured in the scaled units the model works in.
+        """
+        raw = self.decoder(z).float()
+        if self.likelihood_logvar is None:
+            return bernoulli_nll(raw, examples)
+        mean = raw if self.data.modality == "vector" else torch.sigmoid(raw)
+        logvar = self.likelihood_logvar.clamp(*_LIKELIHOOD_LOGVAR_RANGE)
+        return gaussian_nll(mean, logvar, self._scaled(examples))
+
+    @property
+    def pseudo_inputs(self) -> Tensor:
+        """The pseudo-inputs in the units of the data, shape (pseudo-inputs, *shape)."""
+        if self.data.modality == "vector":
+            return self.pseudo_logits * self.scale + self.center
+        return torch.sigmoid(self.pseudo_logits)
+
+    @torch.no_grad()
+    def set_scaling(self, examples: Tensor) -> None:
+        """Centre vectors on their mean and scale them to unit mean square. Images stay as they are.
+
+        One scale for all dimensions keeps the angles between embeddings.
+        """
+        if self.data.modality == "image":
+            return
+        self.center.copy_(examples.mean(0))
+        deviation = (examples - self.center).square().mean().sqrt()
+        self.scale.copy_(deviation if deviation > 0 else torch.ones_like(deviation))
+
+    @torch.no_grad()
+    def start_pseudo_inputs(self, examples: Tensor) -> None:
+        """Set the pseudo-inputs to examples, shape (pseudo-inputs, *shape)."""
+        if self.data.modality == "vector":
+            self.pseudo_logits.copy_(self._scaled(examples))
+        else:
+            self.pseudo_logits.copy_(torch.logit(examples.clamp(0.02, 0.98)))
+
+    @torch.no_grad()
+    def start_spikes(self, share: float) -> None:
+        """Set the biases of the spike logits so that about this share of the latents is on.
+
+        From a share of one half, noise that the warm-up injects drives every latent to 0, and on
+        large pictures none comes back (training/LOG.md, 2026-11-22).
+        """
+        self.spike_head.bias.fill_(float(torch.logit(torch.tensor(share, dtype=torch.float64))))
+
+    def _encode_scaled(self, scaled: Tensor) -> Posterior:
+        hidden = self.encoder(scaled)
+        mu, logvar = self.slab_head(hidden).float().chunk(2, dim=1)
+        with torch.autocast(hidden.device.type, enabled=False):
+            # bfloat16 logits would flip one spike in 500 against the float32 model that is
+            # exported.
+            spike_logit = self.spike_head(hidden.float())
+        return Posterior(
+            spike_logit.clamp(-SPIKE_LOGIT_LIMIT, SPIKE_LOGIT_LIMIT),
+            mu,
+            logvar.clamp(*LOGVAR_RANGE),
+        )
+
+    def _scaled(self, examples: Tensor) -> Tensor:
+        return (examples - self.center) / self.scale if self.data.modality == "vector" else examples
+
+    def _scaled_pseudo_inputs(self) -> Tensor:
+        if self.data.modality == "vector":
+            return self.pseudo_logits
+        return torch.sigmoid(self.pseudo_logits)
+
+
+def choose_network(recipe: Recipe, data: DataSpec) -> Literal["mlp", "conv"]:
+    """Return the recipe's network; `auto` is mlp for vectors and small grey images, else conv."""
+    if recipe.network != "auto":
+        return recipe.network
+    spec = data.pixel_spec
+    is_small_grey = (
+        spec is not None and spec.channels == 1 and spec.height * spec.width <= _MLP_SIDE_LIMIT**2
+    )
+    return "mlp" if spec is None or is_small_grey else "conv"

@@ -1,0 +1,98 @@
+"""The layers between pixels and hidden units, both ways: multilayer perceptron or convolutions.
+
+Every network takes and gives images as (images, height, width, channels); how it lays them out
+inside is its own business. The last layer of an encoder is the caller's (see `model`).
+"""
+
+from itertools import pairwise
+from math import prod
+
+from torch import Tensor, nn
+
+from vsc_serve.errors import UsageError
+
+
+def mlp_encoder(shape: tuple[int, ...], hidden: int, layers: int) -> nn.Sequential:
+    """Map (images, *shape) to (images, hidden) through `layers` hidden layers."""
+    sizes = [prod(shape)] + [hidden] * layers
+    return nn.Sequential(nn.Flatten(), *_relu_layers(sizes))
+
+
+def mlp_decoder(latent_dim: int, hidden: int, layers: int, shape: tuple[int, ...]) -> nn.Sequential:
+    """Map (images, latents) to (images, *shape), the mirror of `mlp_encoder`."""
+    sizes = [latent_dim] + [hidden] * layers
+    return nn.Sequential(
+        *_relu_layers(sizes), nn.Linear(hidden, prod(shape)), nn.Unflatten(1, shape)
+    )
+
+
+def _relu_layers(sizes: list[int]) -> list[nn.Module]:
+    layers: list[nn.Module] = []
+    for before, after in pairwise(sizes):
+        layers += [nn.Linear(before, after), nn.ReLU()]
+    return layers
+
+
+class ChannelsFirst(nn.Module):
+    """(images, height, width, channels) to (images, channels, height, width)."""
+
+    def forward(self, images: Tensor) -> Tensor:
+        """Move the channels."""
+        return images.permute(0, 3, 1, 2)
+
+
+class ChannelsLast(nn.Module):
+    """(images, channels, height, width) to (images, height, width, channels)."""
+
+    def forward(self, images: Tensor) -> Tensor:
+        """Move the channels."""
+        return images.permute(0, 2, 3, 1)
+
+
+def conv_encoder(shape: tuple[int, int, int], width: int, hidden: int) -> nn.Sequential:
+    """Map (images, *shape) to (images, hidden): halve until a side is at most 4 pixels."""
+    widths, grid = _conv_plan(shape, width)
+    layers: list[nn.Module] = [ChannelsFirst()]
+    for before, after in zip([shape[2], *widths[:-1]], widths, strict=True):
+        layers += [nn.Conv2d(before, after, 4, 2, 1), nn.ReLU()]
+    flat = widths[-1] * prod(grid)
+    return nn.Sequential(*layers, nn.Flatten(), nn.Linear(flat, hidden), nn.ReLU())
+
+
+def conv_decoder(
+    latent_dim: int, width: int, hidden: int, shape: tuple[int, int, int]
+) -> nn.Sequential:
+    """Map (images, latents) to (images, *shape), the mirror of `conv_encoder`."""
+    widths, grid = _conv_plan(shape, width)
+    layers: list[nn.Module] = [
+        nn.Linear(latent_dim, hidden),
+        nn.ReLU(),
+        nn.Linear(hidden, widths[-1] * prod(grid)),
+        nn.ReLU(),
+        nn.Unflatten(1, (widths[-1], *grid)),
+    ]
+    backwards = [*widths[::-1], shape[2]]
+    for before, after in pairwise(backwards):
+        layers += [nn.ConvTranspose2d(before, after, 4, 2, 1), nn.ReLU()]
+    return nn.Sequential(*layers[:-1], ChannelsLast())
+
+
+def _conv_plan(shape: tuple[int, int, int], width: int) -> tuple[list[int], tuple[int, int]]:
+    """Return the channels after each convolution, and the height and width that remain."""
+    height, columns = shape[:2]
+    widths: list[int] = []
+    while min(height, columns) > 4:
+        if height % 2 or columns % 2:
+            raise UsageError(
+                f"a convolutional network cannot halve {shape[1]}x{shape[0]} down to 4: use a"
+                " size such as 32 or"
+                " 64 (--size), or --set network=mlp"
+            )
+        height, columns = height // 2, columns // 2
+        widths.append(width * 2 ** len(widths))
+    if not widths:
+        raise UsageError(
+            f"a convolutional network needs sides over 4 pixels, not {shape[1]}x{shape[0]}:"
+            " use --set network=mlp"
+        )
+    return widths, (height, columns)

@@ -1,0 +1,1 @@
+"""Look at codes: what is active, what it draws."""

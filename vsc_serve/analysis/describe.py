@@ -1,0 +1,80 @@
+"""Say what a path is: a run, a bundle, or a codes file."""
+
+import json
+from pathlib import Path
+from typing import Any
+
+from vsc_serve.analysis.features import feature_summary
+from vsc_serve.bundle import MANIFEST, open_bundle
+from vsc_serve.codes import read_codes
+from vsc_serve.errors import InputError, UsageError
+
+_RUN_SUMMARY = "run.json"
+"""Written by `vsc train`; read here as JSON, so that the runtime needs no torch to show a run."""
+
+
+def describe(path: Path) -> dict[str, Any]:
+    """Return facts about a run folder, a bundle or a codes file, by name.
+
+    Raises:
+        UsageError: Nothing there, or nothing of these.
+        BundleError: A bundle that is damaged.
+        InputError: A file that is damaged.
+    """
+    if (path / MANIFEST).is_file():
+        return _describe_bundle(path)
+    if (path / _RUN_SUMMARY).is_file():
+        return _describe_run(path)
+    if path.is_file():
+        return _describe_codes(path)
+    if path.exists():
+        raise UsageError(f"{path}: neither a run ({_RUN_SUMMARY}) nor a bundle ({MANIFEST})")
+    raise UsageError(f"{path}: no such file or folder. Check the path.")
+
+
+def _describe_bundle(path: Path) -> dict[str, Any]:
+    manifest = open_bundle(path).manifest
+    takes = str(manifest.pixel_spec) if manifest.pixel_spec else f"vectors of {manifest.input_dim}"
+    return {
+        "kind": f"model bundle, format {manifest.format}, all digests right",
+        "name": manifest.name,
+        "digest": manifest.digest,
+        "input": takes,
+        "latents": manifest.latent_dim,
+        "tau": manifest.tau,
+        "alpha": manifest.alpha,
+        "active": manifest.active,
+        "opset": manifest.opset,
+        "bytes": sum((path / name).stat().st_size for name in manifest.files),
+        "versions": ", ".join(f"{name} {version}" for name, version in manifest.versions.items()),
+    }
+
+
+def _describe_run(path: Path) -> dict[str, Any]:
+    try:
+        stored = json.loads((path / _RUN_SUMMARY).read_text(encoding="utf-8"))
+        recipe, figures = stored["recipe"], stored["figures"]
+        return {
+            "kind": f"training run, format {stored['format']}",
+            "name": stored["name"],
+            "step": f"{stored['step']} of {recipe['steps']}",
+            "latents": recipe["latent_dim"],
+            "alpha": recipe["alpha"],
+            "data": stored["data_fingerprint"],
+            **figures,
+        }
+    except (OSError, ValueError, KeyError, TypeError) as error:
+        raise InputError(f"{path / _RUN_SUMMARY}: damaged ({error!r}). Train again.") from error
+
+
+def _describe_codes(path: Path) -> dict[str, Any]:
+    stored = read_codes(path)
+    figures = feature_summary(stored.codes)
+    return {
+        "kind": f"sparse codes, format {stored.meta.get('format', 'plain scipy')}",
+        **{name: value for name, value in stored.meta.items() if name != "format"},
+        **figures,
+        "entries": stored.codes.nnz,
+        "bytes": path.stat().st_size,
+        "first id": stored.ids[0] if stored.ids else "",
+    }

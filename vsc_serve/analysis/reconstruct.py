@@ -1,0 +1,102 @@
+"""Write what codes say as pictures: one PNG a row, or a contact sheet."""
+
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+from PIL import Image
+
+from vsc_serve.analysis.contact_sheet import draw_contact_sheet
+from vsc_serve.atomic import atomic_file, atomic_folder
+from vsc_serve.codes import CodeFile
+from vsc_serve.encoder import Decoder, image_spec
+from vsc_serve.errors import InputError
+from vsc_serve.images import read_pixels
+
+_ROWS_AT_ONCE = 1024
+
+
+def write_reconstructions(
+    decoder: Decoder, stored: CodeFile, *, rows: Sequence[int], out: Path
+) -> int:
+    """Write the reconstruction of each row as a PNG, under the row's id with `.png` added.
+
+    Args:
+        decoder: The model that made the codes.
+        stored: The codes and their ids.
+        rows: Which rows.
+        out: Folder to write, whole or not at all.
+
+    Returns:
+        How many were written.
+
+    Raises:
+        InputError: The model does not draw pictures, or an id would lead out of the folder.
+    """
+    image_spec(decoder.manifest)
+    with atomic_folder(out) as folder:
+        for start in range(0, len(rows), _ROWS_AT_ONCE):
+            chosen = list(rows[start : start + _ROWS_AT_ONCE])
+            for row, pixels in zip(
+                chosen, to_uint8(decoder.decode(stored.codes[chosen])), strict=True
+            ):
+                path = _inside(folder, f"{stored.ids[row]}.png")
+                path.parent.mkdir(parents=True, exist_ok=True)
+                _picture(pixels).save(path)
+    return len(rows)
+
+
+def write_contact_sheet(
+    decoder: Decoder, stored: CodeFile, *, rows: Sequence[int], images: Path | None, path: Path
+) -> None:
+    """Draw a contact sheet of some rows.
+
+    Args:
+        decoder: The model that made the codes.
+        stored: The codes and their ids.
+        rows: Which rows.
+        images: Folder that was encoded; without it the sheet shows no inputs.
+        path: PNG to write.
+
+    Raises:
+        InputError: An input is not under `images` any more, or cannot be read.
+    """
+    spec = image_spec(decoder.manifest)
+    chosen = list(rows)
+    ids = [stored.ids[row] for row in chosen]
+    inputs = None
+    if images is not None:
+        inputs = np.stack([_read_input(images, identity, decoder) for identity in ids])
+    sheet = draw_contact_sheet(inputs, stored.codes[chosen], decoder, ids=ids)
+    assert inputs is None or inputs.shape[1:] == spec.shape
+    with atomic_file(path) as file:
+        sheet.save(file, "PNG")
+
+
+def to_uint8(means: NDArray[np.float32]) -> NDArray[np.uint8]:
+    """Turn means in [0, 1] into pixels, rounded to the nearest level."""
+    return np.rint(means.clip(0.0, 1.0) * 255.0).astype(np.uint8)
+
+
+def _read_input(images: Path, identity: str, decoder: Decoder) -> NDArray[np.uint8]:
+    path = images / identity if images.is_dir() else images
+    try:
+        return read_pixels(path, image_spec(decoder.manifest))
+    except InputError as error:
+        raise InputError(
+            f"{path}: {error}. --images must be the folder that was encoded."
+        ) from error
+
+
+def _picture(pixels: NDArray[Any]) -> Image.Image:
+    return Image.fromarray(pixels[..., 0] if pixels.shape[2] == 1 else pixels)
+
+
+def _inside(folder: Path, name: str) -> Path:
+    """Return a path inside the folder; an id such as `/a/b.png` becomes `a/b.png`."""
+    path = folder.joinpath(*(part for part in Path(name).parts if part not in ("/", "..")))
+    if not path.resolve().is_relative_to(folder.resolve()):
+        raise InputError(f"id {name} leads out of the folder")
+    return path

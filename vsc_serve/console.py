@@ -1,0 +1,110 @@
+"""What a person sees: lines and progress on stderr. Results go to stdout, from `cli` alone."""
+
+import sys
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager
+from importlib.util import find_spec
+from types import TracebackType
+from typing import Final, Protocol, Self
+
+from vsc_serve.errors import UsageError
+
+_LABEL_WIDTH: Final = 9
+_PLAIN_INTERVAL_S: Final = 10.0
+"""Seconds between progress lines where stderr is not a terminal."""
+
+
+def say(label: str, text: str) -> None:
+    """Print one line of talk to stderr: a label of fixed width, then the text."""
+    sys.stderr.write(f"{label:<{_LABEL_WIDTH}}{text}\n")
+    sys.stderr.flush()
+
+
+def require_extra(extra: str, *modules: str) -> None:
+    """Raise UsageError with the install command unless all the modules can be imported."""
+    missing = [module for module in modules if find_spec(module) is None]
+    if missing:
+        raise UsageError(f"this needs {', '.join(missing)}. Run: pip install 'vsc-serve[{extra}]'")
+
+
+class Progress(Protocol):
+    """Takes note of work that is done."""
+
+    def update(self, done: int, note: str = "") -> None:
+        """Say how many units are done in all, and anything else worth a few words."""
+
+
+@contextmanager
+def progress(label: str, total: int, unit: str) -> Iterator[Progress]:
+    """Show progress on stderr: a bar on a terminal, else a line now and then.
+
+    Args:
+        label: What is being done.
+        total: Units in all.
+        unit: What is counted, in the plural.
+    """
+    if sys.stderr.isatty():
+        with _Bar(label, total, unit) as bar:
+            yield bar
+    else:
+        yield _Lines(label, total, unit)
+
+
+class _Lines:
+    """Progress as plain lines, at most one every ten seconds, and none for short work."""
+
+    def __init__(self, label: str, total: int, unit: str) -> None:
+        self._label, self._total, self._unit = label, total, unit
+        self._began = self._shown = time.monotonic()
+
+    def update(self, done: int, note: str = "") -> None:
+        now = time.monotonic()
+        if now - self._shown < _PLAIN_INTERVAL_S:
+            return
+        self._shown = now
+        rate = done / (now - self._began)
+        left = (self._total - done) / rate if rate else 0.0
+        say(
+            self._label,
+            f"{done:,} of {self._total:,} {self._unit}, {rate:,.0f}/s, {left:.0f} s left  {note}",
+        )
+
+
+class _Bar:
+    """Progress as a bar that is redrawn."""
+
+    def __init__(self, label: str, total: int, unit: str) -> None:
+        from rich.console import Console
+        from rich.progress import BarColumn, MofNCompleteColumn, TextColumn, TimeRemainingColumn
+        from rich.progress import Progress as RichProgress
+
+        self._unit = unit
+        self._began = time.monotonic()
+        self._bar = RichProgress(
+            TextColumn(f"{label:<{_LABEL_WIDTH - 1}}"),
+            BarColumn(),
+            MofNCompleteColumn(),
+            TextColumn("{task.fields[rate]}"),
+            TimeRemainingColumn(),
+            TextColumn("{task.fields[note]}"),
+            console=Console(stderr=True),
+            transient=True,
+        )
+        self._task = self._bar.add_task(label, total=total, rate="", note="")
+
+    def __enter__(self) -> Self:
+        self._bar.start()
+        return self
+
+    def __exit__(
+        self,
+        kind: type[BaseException] | None,
+        error: BaseException | None,
+        trace: TracebackType | None,
+    ) -> None:
+        self._bar.stop()
+
+    def update(self, done: int, note: str = "") -> None:
+        rate = done / max(time.monotonic() - self._began, 1e-9)
+        self._bar.update(self._task, completed=done, rate=f"{rate:,.0f} {self._unit}/s", note=note)

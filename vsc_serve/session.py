@@ -1,0 +1,176 @@
+"""Open ONNX files with onnxruntime, on the device that was asked for or not at all.
+
+This is the one module that touches onnxruntime. Everything above it needs only the `Session`
+protocol, so tests can hand in a fake.
+"""
+
+import ctypes
+import logging
+from collections.abc import Mapping, Sequence
+from importlib.metadata import PackageNotFoundError, version
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, Final, Literal, Protocol
+
+import numpy as np
+from numpy.typing import NDArray
+
+from vsc_serve.errors import BundleError, DeviceError
+
+if TYPE_CHECKING:
+    import onnxruntime
+
+logger = logging.getLogger(__name__)
+
+Device = Literal["auto", "cpu", "cuda"]
+
+CUDA_PROVIDER: Final = "CUDAExecutionProvider"
+CPU_PROVIDER: Final = "CPUExecutionProvider"
+
+_INSTALL_HINT: Final = "pip install 'vsc-serve[cpu]' (or 'vsc-serve[gpu]' on an NVIDIA machine)"
+
+
+class Session(Protocol):
+    """A computation graph that can be run."""
+
+    @property
+    def engine(self) -> str:
+        """What computes, for people and provenance: `onnxruntime 1.31.1 cpu`."""
+
+    def run(
+        self, outputs: Sequence[str], feeds: Mapping[str, NDArray[Any]]
+    ) -> list[NDArray[np.float32]]:
+        """Compute the named outputs from the named inputs."""
+
+
+class OnnxSession:
+    """A Session on onnxruntime."""
+
+    def __init__(self, session: "onnxruntime.InferenceSession", engine: str) -> None:
+        self._session = session
+        self._engine = engine
+
+    @property
+    def engine(self) -> str:
+        """Name and version of the engine, and its device."""
+        return self._engine
+
+    def run(
+        self, outputs: Sequence[str], feeds: Mapping[str, NDArray[Any]]
+    ) -> list[NDArray[np.float32]]:
+        """Compute the named outputs. Safe to call from several threads."""
+        results: list[NDArray[np.float32]] = self._session.run(list(outputs), dict(feeds))
+        return results
+
+
+def open_session(path: Path, *, device: Device = "auto", threads: int = 0) -> OnnxSession:
+    """Open an ONNX file.
+
+    Args:
+        path: The `.onnx` file; its external data lies beside it.
+        device: `cuda` fails where CUDA cannot be used, `auto` falls back to the CPU.
+        threads: Threads inside one operator; 0 lets onnxruntime choose.
+
+    Returns:
+        The session.
+
+    Raises:
+        DeviceError: onnxruntime is not installed, or CUDA was asked for and does not load.
+        BundleError: The file is not a graph onnxruntime can load.
+    """
+    ort = _import_onnxruntime()
+    if device == "cpu" or (device == "auto" and not cuda_is_there()):
+        return _open_on_cpu(ort, path, threads)
+    try:
+        return _open_on_cuda(ort, path, threads)
+    except DeviceError as error:
+        if device == "cuda":
+            raise
+        logger.warning("using the CPU: %s", error)
+        return _open_on_cpu(ort, path, threads)
+
+
+def _open_on_cpu(ort: Any, path: Path, threads: int) -> OnnxSession:
+    try:
+        session = _load(ort, path, [CPU_PROVIDER], threads)
+    except Exception as error:  # onnxruntime raises its own classes, and RuntimeError
+        raise BundleError(
+            f"{path}: onnxruntime cannot load it ({_first_line(error)}). Export again."
+        ) from error
+    return OnnxSession(session, f"onnxruntime {ort.__version__} cpu")
+
+
+def _open_on_cuda(ort: Any, path: Path, threads: int) -> OnnxSession:
+    if CUDA_PROVIDER not in ort.get_available_providers():
+        raise DeviceError(
+            "--device cuda: the installed onnxruntime has no CUDA. Run: pip uninstall -y"
+            " onnxruntime && pip install 'vsc-serve[gpu]', or use --device cpu."
+        )
+    if hasattr(ort, "preload_dlls"):
+        ort.preload_dlls()
+    try:
+        session = _load(ort, path, [CUDA_PROVIDER, CPU_PROVIDER], threads)
+    except Exception as error:  # onnxruntime raises its own classes, and RuntimeError
+        _open_on_cpu(ort, path, threads)  # raises where the file is at fault, and not the device
+        raise DeviceError(_why_no_cuda(_first_line(error))) from error
+    if session.get_providers()[0] != CUDA_PROVIDER:  # onnxruntime went on without, and said nothing
+        raise DeviceError(_why_no_cuda("its libraries did not load"))
+    return OnnxSession(session, f"onnxruntime {ort.__version__} cuda")
+
+
+def _load(
+    ort: Any, path: Path, providers: list[str], threads: int
+) -> "onnxruntime.InferenceSession":
+    options = ort.SessionOptions()
+    options.intra_op_num_threads = threads
+    options.use_deterministic_compute = True
+    options.log_severity_level = 4  # what goes wrong is raised, in one line
+    # Without a fallback: it would go on without the GPU, and say so on stdout.
+    return ort.InferenceSession(str(path), options, providers=providers, enable_fallback=0)
+
+
+def cuda_is_there() -> bool:
+    """Tell whether the CUDA provider and an NVIDIA driver are both on this machine."""
+    ort = _import_onnxruntime()
+    if CUDA_PROVIDER not in ort.get_available_providers():
+        return False
+    try:
+        ctypes.CDLL("libcuda.so.1")
+    except OSError:
+        return False
+    return True
+
+
+def installed_flavours() -> dict[str, str]:
+    """Return the installed packages that give the module `onnxruntime`, with their versions."""
+    found = {}
+    for name in ("onnxruntime", "onnxruntime-gpu"):
+        try:
+            found[name] = version(name)
+        except PackageNotFoundError:
+            continue
+    return found
+
+
+def _import_onnxruntime() -> Any:
+    flavours = installed_flavours()
+    if len(flavours) > 1:
+        raise DeviceError(
+            "onnxruntime and onnxruntime-gpu are both installed and overwrite each other."
+            " Run: pip uninstall -y onnxruntime onnxruntime-gpu, then install one of them again."
+        )
+    try:
+        import onnxruntime
+    except ImportError as error:
+        raise DeviceError(f"onnxruntime is not installed. Run: {_INSTALL_HINT}") from error
+    return onnxruntime
+
+
+def _why_no_cuda(reason: str) -> str:
+    return (
+        f"--device cuda: CUDA cannot be used: {reason} (CUDA 13, cuDNN 9 and an NVIDIA driver are"
+        " needed). Run: pip install 'vsc-serve[gpu]' and check nvidia-smi, or use --device cpu."
+    )
+
+
+def _first_line(error: Exception) -> str:
+    return (str(error).strip().splitlines() or [type(error).__name__])[0]
