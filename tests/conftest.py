@@ -40,12 +40,12 @@ class FakeSession:
         return [named[name] for name in outputs]
 
 
-@pytest.fixture()
+@pytest.fixture
 def pixel_spec() -> PixelSpec:
     return PixelSpec(height=8, width=8, channels=1)
 
 
-@pytest.fixture()
+@pytest.fixture
 def fake_encoder(pixel_spec: PixelSpec) -> Encoder:
     manifest = Manifest(
         name="fake",
@@ -62,7 +62,7 @@ def fake_encoder(pixel_spec: PixelSpec) -> Encoder:
     return Encoder(FakeSession(64, 16), manifest)
 
 
-@pytest.fixture()
+@pytest.fixture
 def picture_folder(tmp_path: Path) -> Path:
     """Twelve grey 8x8 pictures: ten at the top, two in a folder with a non-ASCII name."""
     folder = tmp_path / "pictures"
@@ -82,3 +82,52 @@ def data_folder() -> Path:
     if not named:
         pytest.skip("VSC_DATA is not set: docs/development.md says what belongs there")
     return Path(named)
+
+
+@pytest.fixture(scope="session")
+def grey_folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Two hundred grey 8x8 pictures of bars, in two class folders."""
+    folder = tmp_path_factory.mktemp("grey")
+    rng = np.random.default_rng(2)
+    for number in range(200):
+        is_upright = number % 2 == 0
+        pixels = rng.integers(0, 30, (8, 8), dtype=np.uint8)
+        place = int(rng.integers(0, 7))
+        pixels[
+            (slice(None), slice(place, place + 2)) if is_upright else slice(place, place + 2)
+        ] += 200
+        path = folder / ("upright" if is_upright else "level") / f"{number:03}.png"
+        path.parent.mkdir(exist_ok=True)
+        Image.fromarray(pixels).save(path)
+    return folder
+
+
+@pytest.fixture(scope="session")
+def tiny_run(tmp_path_factory: pytest.TempPathFactory, grey_folder: Path) -> Path:
+    """A real run of a small model on `grey_folder`."""
+    import torch
+
+    from vsc_training.checkpoint import start_run
+    from vsc_training.config import load_recipe
+    from vsc_training.data import load_examples
+    from vsc_training.fit import fit
+
+    torch.set_num_threads(1)  # small products, and the machine's other cores are busy with tests
+    run = tmp_path_factory.mktemp("runs") / "bars"
+    overrides = ["latent_dim=16", "hidden=64", "pseudo_inputs=4", "batch_size=32", "alpha=0.2"]
+    overrides += ["steps=300", "learning_rate=0.005", "precision=float32", "validation_share=0.2"]
+    recipe = load_recipe("sparse", overrides)
+    examples = load_examples(grey_folder)
+    start_run(run, recipe, examples, resume=False, force=False)
+    fit(recipe, examples, run, device=torch.device("cpu"), name="bars")
+    return run
+
+
+@pytest.fixture(scope="session")
+def tiny_bundle(tmp_path_factory: pytest.TempPathFactory, tiny_run: Path) -> Path:
+    """The bundle of `tiny_run`. Tests that damage it work on a copy."""
+    from vsc_export.write import export_bundle
+
+    out = tmp_path_factory.mktemp("bundles") / "bars"
+    export_bundle(tiny_run, out)
+    return out

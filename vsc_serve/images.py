@@ -212,7 +212,7 @@ def _why_broken(error: Exception) -> str:
     """Tell what the operating system refused from what a decoder stumbled over."""
     if isinstance(error, OSError) and error.strerror:
         return f"unreadable: {error.strerror}"
-    return f"broken image: {error or type(error).__name__}"
+    return f"broken image: {str(error) or type(error).__name__}"
 
 
 def _why_unidentified(source: Path | bytes) -> str:

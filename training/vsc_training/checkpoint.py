@@ -15,7 +15,6 @@ anything.
 import json
 import shutil
 import zipfile
-from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any, Final
@@ -29,9 +28,9 @@ from torch import Tensor
 
 from vsc_serve.atomic import atomic_file
 from vsc_serve.errors import InputError, UsageError
-from vsc_serve.images import BadImage
 from vsc_serve.preprocess import PixelSpec
 from vsc_training.config import Recipe, recipe_from
+from vsc_training.data import Examples
 from vsc_training.model import VSC, DataSpec
 
 FORMAT: Final = 1
@@ -126,8 +125,7 @@ def load_checkpoint(run: Path) -> Checkpoint:
 def start_run(
     run: Path,
     recipe: Recipe,
-    rows: NDArray[Any],
-    bad: Sequence[BadImage],
+    examples: Examples,
     *,
     resume: bool,
     force: bool,
@@ -137,8 +135,7 @@ def start_run(
     Args:
         run: The folder.
         recipe: The resolved recipe.
-        rows: All examples; a few are kept for the export.
-        bad: Files that could not be read.
+        examples: The data; a few rows are kept for the export.
         resume: Keep what is there.
         force: Remove what is there.
 
@@ -152,12 +149,13 @@ def start_run(
     run.mkdir(parents=True, exist_ok=True)
     with atomic_file(run / RECIPE) as file:
         file.write(recipe.to_toml().encode())
+    rows = examples.rows
     save_samples(run, rows[:: max(1, len(rows) // SAMPLE_COUNT)][:SAMPLE_COUNT])
-    if bad:
+    if examples.bad:
         with atomic_file(run / "errors.jsonl") as file:
             file.writelines(
                 (json.dumps({"id": image.id, "reason": image.reason}) + "\n").encode()
-                for image in bad
+                for image in examples.bad
             )
     return False
 

@@ -70,7 +70,7 @@ def _fit(
         f"VSC {network}, J={recipe.latent_dim}, alpha={recipe.alpha:g}, U={recipe.pseudo_inputs}",
     )
     say("fit", f"{recipe.steps} steps of {recipe.batch_size} on {device.type}, {products}")
-    resume = start_run(out, recipe, examples.rows, examples.bad, resume=resume, force=force)
+    resume = start_run(out, recipe, examples, resume=resume, force=force)
     with progress("train", recipe.steps, "steps") as shown:
         return fit(
             recipe,

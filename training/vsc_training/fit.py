@@ -54,7 +54,7 @@ _CHECK_COUNT: Final = 10
 _CHECK_IMAGES: Final = 2048
 """Examples a health check measures."""
 _CHECK_BATCH: Final = 512
-_SETTLED: Final = 0.4
+_SETTLED: Final = 0.6
 """Share of the steps before which a collapse is not judged: the spikes are still moving."""
 
 

@@ -141,8 +141,8 @@ def find_collapse(health: Health, recipe: Recipe) -> str | None:
     if health.active < _MIN_ACTIVE or health.empty_share > _MAX_EMPTY_SHARE:
         return (
             f"codes are empty ({health.active:.2f} active latents per image,"
-            f" {health.empty_share:.0%} of the images have none); raise alpha (now {recipe.alpha:g}),"
-            f" lower beta (now {recipe.beta:g}), or train longer (steps)"
+            f" {health.empty_share:.0%} of the images have none); raise alpha"
+            f" (now {recipe.alpha:g}), lower beta (now {recipe.beta:g}), or train longer (steps)"
         )
     if health.always_on > max(_MAX_ALWAYS_ON_PART * health.active, 1):
         return (

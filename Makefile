@@ -1,0 +1,54 @@
+# Two commands need nothing but Python 3.11 to 3.13, pip and make:
+#
+#   make demo     install into .venv, then train, export, encode and search on made-up pictures
+#   make test     install into .venv, then run the tests
+#
+#   make demo PYTHON=python3.12                      another Python
+#   make demo EXTRAS=gpu,export,serve,dev            on an NVIDIA machine (after `make clean`)
+#   make test ARGS='-k codes'                        arguments for pytest (or for `vsc demo`)
+
+PYTHON = python3
+VENV = .venv
+BIN = $(VENV)/bin
+EXTRAS = cpu,export,serve,dev
+ARGS =
+
+help:
+	@sed -n 's/^#   //p' Makefile
+	@echo 'make lint types imports wheel container photos   one part of `bash .ci/run`'
+	@echo 'make clean    remove .venv, caches and what the demo made'
+
+demo: $(VENV)/installed
+	$(BIN)/vsc demo --force $(ARGS)
+
+test: $(VENV)/installed
+	$(BIN)/pytest $(ARGS)
+
+lint: $(VENV)/installed
+	$(BIN)/ruff format --check .
+	$(BIN)/ruff check .
+
+types: $(VENV)/installed
+	$(BIN)/mypy
+
+imports: $(VENV)/installed
+	PYTHONPATH=.:training:export $(BIN)/lint-imports
+
+wheel container photos: $(VENV)/installed
+	bash .ci/run $@
+
+install: $(VENV)/installed
+
+# An editable install: the code needs no second one, only a change of pyproject.toml does.
+$(VENV)/installed: pyproject.toml
+	@$(PYTHON) -c 'import sys; v = sys.version_info; sys.exit(None if (3, 11) <= v < (3, 14) else "make: vsc-serve needs Python 3.11 to 3.13, and $(PYTHON) is %d.%d. Give another: make PYTHON=python3.12" % v[:2])'
+	@echo 'Installing into $(VENV): a minute or two, once.'
+	@$(PYTHON) -m venv $(VENV)
+	@$(BIN)/python -m pip install --quiet --disable-pip-version-check --editable '.[$(EXTRAS)]'
+	@touch $(VENV)/installed
+
+clean:
+	rm -rf $(VENV) vsc-demo dist build .pytest_cache .mypy_cache .ruff_cache .hypothesis .import_linter_cache
+	find vsc_serve training export tests benchmarks -type d -name __pycache__ -prune -exec rm -rf {} +
+
+.PHONY: help demo test lint types imports wheel container photos install clean

@@ -1,0 +1,149 @@
+"""A bundle is opened whole and unchanged, or refused."""
+
+import dataclasses
+import json
+from pathlib import Path
+
+import pytest
+
+from vsc_serve.bundle import (
+    DECODER,
+    ENCODER,
+    FORMAT,
+    MANIFEST,
+    Manifest,
+    open_bundle,
+)
+from vsc_serve.errors import BundleError
+
+
+def edit_manifest(bundle: Path, **changes: object) -> None:
+    stored = json.loads((bundle / MANIFEST).read_text(encoding="utf-8"))
+    (bundle / MANIFEST).write_text(json.dumps(stored | changes), encoding="utf-8")
+
+
+def vector_manifest(**changes: object) -> Manifest:
+    fields = {
+        "name": "vectors",
+        "modality": "vector",
+        "latent_dim": 6,
+        "tau": 0.5,
+        "alpha": 0.1,
+        "active": 2.0,
+        "opset": 20,
+        "files": {ENCODER: "0" * 64},
+        "probes": [],
+        "input_dim": 4,
+    }
+    return Manifest(**fields | changes)
+
+
+def test_a_whole_bundle_opens(tiny_bundle):
+    bundle = open_bundle(tiny_bundle)
+    assert bundle.path == tiny_bundle
+    assert bundle.manifest.name == "tiny"
+    assert bundle.manifest.pixel_spec.shape == (4, 4, 1)
+    assert bundle.manifest.format == FORMAT
+
+
+def test_a_manifest_survives_json(tiny_bundle):
+    for manifest in (open_bundle(tiny_bundle).manifest, vector_manifest()):
+        text = manifest.to_json()
+        again = Manifest.from_json(text, Path("x"))
+        assert again == manifest
+        assert again.to_json() == text
+
+
+@pytest.mark.parametrize("name", [ENCODER, DECODER, "probe.png"])
+def test_one_changed_byte_in_any_file_is_found(tiny_bundle, name):
+    content = bytearray((tiny_bundle / name).read_bytes())
+    content[len(content) // 2] ^= 1
+    (tiny_bundle / name).write_bytes(content)
+    with pytest.raises(BundleError, match=rf"{name}: changed since .*expected .* Copy the bundle"):
+        open_bundle(tiny_bundle)
+
+
+@pytest.mark.parametrize("name", [ENCODER, DECODER, "probe.png"])
+def test_a_missing_file_is_named(tiny_bundle, name):
+    (tiny_bundle / name).unlink()
+    with pytest.raises(BundleError, match=rf"{name}: listed in the manifest but unreadable \(No "):
+        open_bundle(tiny_bundle)
+
+
+@pytest.mark.parametrize("found", [FORMAT + 1, 0, "one"])
+def test_another_format_is_refused_with_both_numbers(tiny_bundle, found):
+    edit_manifest(tiny_bundle, format=found)
+    with pytest.raises(BundleError, match=f"format {found}, but this vsc-serve reads format 1. Up"):
+        open_bundle(tiny_bundle)
+
+
+@pytest.mark.parametrize("text", ["", "{", "[]", "null", "{}", "\x00"])
+def test_a_file_that_is_no_manifest_says_so(tiny_bundle, text):
+    (tiny_bundle / MANIFEST).write_text(text, encoding="utf-8")
+    with pytest.raises(BundleError, match=rf"{MANIFEST}: not a bundle manifest .* Export again"):
+        open_bundle(tiny_bundle)
+
+
+def test_a_manifest_that_is_not_text_is_unreadable(tiny_bundle):
+    (tiny_bundle / MANIFEST).write_bytes(b"\xff\xfe\x00")
+    with pytest.raises(BundleError, match=rf"{MANIFEST}: unreadable"):
+        open_bundle(tiny_bundle)
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"tau": 1.5}, "tau must be above 0 and below 1"),
+        ({"tau": "half"}, "damaged manifest"),
+        ({"latent_dim": 0}, "latent_dim must be positive"),
+        ({"pixel_spec": None}, "an image model has a pixel_spec"),
+        ({"modality": "vector"}, "an image model has a pixel_spec"),
+        ({"modality": "sound"}, "an image model has a pixel_spec"),
+        ({"input_dim": 4}, "a vector model has an input_dim"),
+        ({"pixel_spec": {"height": 4}}, "damaged manifest"),
+        ({"files": []}, "damaged manifest"),
+        ({"files": {}}, "no digest for encoder.onnx, probe.png"),
+        ({"probes": [{"file": "probe.png"}]}, "damaged manifest"),
+        ({"probes": 3}, "damaged manifest"),
+    ],
+)
+def test_a_manifest_that_contradicts_itself_is_damaged(tiny_bundle, changes, message):
+    edit_manifest(tiny_bundle, **changes)
+    with pytest.raises(
+        BundleError, match=rf"{MANIFEST}: damaged manifest .*Export again"
+    ) as caught:
+        open_bundle(tiny_bundle)
+    assert message in str(caught.value)
+
+
+def test_a_missing_field_is_named(tiny_bundle):
+    stored = json.loads((tiny_bundle / MANIFEST).read_text(encoding="utf-8"))
+    del stored["alpha"]
+    (tiny_bundle / MANIFEST).write_text(json.dumps(stored), encoding="utf-8")
+    with pytest.raises(BundleError, match=r"damaged manifest .*'alpha'"):
+        open_bundle(tiny_bundle)
+
+
+def test_where_no_bundle_is_the_command_that_makes_one_is_given(tmp_path):
+    (tmp_path / "file").write_bytes(b"")
+    for name in ("gone", "file", "."):
+        with pytest.raises(
+            BundleError, match=r"no model bundle there .* Make one with `vsc export"
+        ):
+            open_bundle(tmp_path / name)
+
+
+def test_the_digest_names_the_weights_and_nothing_else(tiny_bundle):
+    manifest = open_bundle(tiny_bundle).manifest
+    renamed = dataclasses.replace(manifest, name="other", files=manifest.files | {"README.md": "1"})
+    assert renamed.digest == manifest.digest
+    for name in (ENCODER, DECODER, "weights.bin"):
+        changed = dataclasses.replace(manifest, files=manifest.files | {name: "1" * 64})
+        assert changed.digest != manifest.digest
+
+
+def test_a_bundle_can_be_read_from_anywhere(tiny_bundle, monkeypatch):
+    monkeypatch.chdir(tiny_bundle.parent)
+    assert open_bundle(Path("tiny")).manifest == open_bundle(tiny_bundle).manifest
+    Path("link").symlink_to(tiny_bundle)
+    assert open_bundle(Path("link")).manifest == open_bundle(tiny_bundle).manifest

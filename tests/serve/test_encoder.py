@@ -1,0 +1,292 @@
+"""The one path from pixels to codes."""
+
+import dataclasses
+import io
+import json
+
+import numpy as np
+import pytest
+from hypothesis import HealthCheck, given, settings
+from hypothesis import strategies as st
+from hypothesis.extra import numpy as hnp
+from PIL import Image
+
+from vsc_serve import Decoder, Encoder, __version__
+from vsc_serve.bundle import ENCODER, MANIFEST, sha256
+from vsc_serve.codes import dense_to_csr, threshold_logit
+from vsc_serve.encoder import BATCH_SIZE
+from vsc_serve.errors import BundleError, InputError, UsageError
+
+
+class FailsOnWhite:
+    """A Session that gives a value of choice for white images and zeros for others."""
+
+    engine = "broken"
+
+    def __init__(self, value):
+        self.value = value
+        self.feeds = []
+
+    def run(self, outputs, feeds):
+        self.feeds.append(feeds)
+        code = np.zeros((len(feeds["image"]), 16), np.float32)
+        code[(feeds["image"] == 255).all(axis=(1, 2, 3)), 5] = self.value
+        return [code]
+
+
+def pixels(count: int, seed: int = 0) -> np.ndarray:
+    return np.random.default_rng(seed).integers(0, 256, (count, 8, 8, 1), dtype=np.uint8)
+
+
+def png(rows: np.ndarray) -> bytes:
+    buffer = io.BytesIO()
+    Image.fromarray(rows[..., 0]).save(buffer, "PNG")
+    return buffer.getvalue()
+
+
+def opened(content: bytes) -> Image.Image:
+    return Image.open(io.BytesIO(content))
+
+
+def same(found, expected) -> bool:
+    return found.shape == expected.shape and (found != expected).nnz == 0
+
+
+@pytest.fixture
+def vector_encoder(fake_encoder):
+    manifest = dataclasses.replace(
+        fake_encoder.manifest, modality="vector", pixel_spec=None, input_dim=64
+    )
+    return Encoder(fake_encoder._session, manifest)
+
+
+@given(
+    rows=hnp.arrays(np.uint8, st.tuples(st.integers(0, 9), st.just(8), st.just(8), st.just(1))),
+    seed=st.integers(0, 99),
+)
+@settings(suppress_health_check=[HealthCheck.function_scoped_fixture], deadline=None)
+def test_a_code_depends_on_its_image_and_on_nothing_else_in_the_batch(fake_encoder, rows, seed):
+    codes = fake_encoder.encode(rows)
+    assert codes.shape == (len(rows), 16)
+    order = np.random.default_rng(seed).permutation(len(rows))
+    assert same(fake_encoder.encode(rows[order]), codes[order])
+    for row in range(len(rows)):
+        assert same(fake_encoder.encode(rows[row : row + 1]), codes[[row]])
+
+
+@pytest.mark.parametrize("count", [0, 1, BATCH_SIZE - 1, BATCH_SIZE, BATCH_SIZE + 1])
+def test_rows_on_both_sides_of_a_batchs_end_are_encoded_alike(fake_encoder, count):
+    rows = pixels(BATCH_SIZE + 1)
+    assert same(fake_encoder.encode(rows[:count]), fake_encoder.encode(rows)[:count])
+
+
+def test_codes_are_sparse_sorted_and_of_the_promised_types(fake_encoder):
+    codes = fake_encoder.encode(pixels(40))
+    assert 0 < codes.nnz < 40 * 16
+    assert codes.dtype == np.float32
+    assert codes.indices.dtype == np.int32
+    assert codes.has_canonical_format
+    assert codes.data.all()
+
+
+def test_paths_bytes_and_pictures_give_the_code_of_their_pixels(fake_encoder, tmp_path):
+    rows = pixels(4)
+    path = tmp_path / "größer.png"
+    path.write_bytes(png(rows[1]))
+    pictures = [
+        str(path),
+        path,
+        png(rows[1]),
+        opened(png(rows[1])),
+        Image.fromarray(rows[1, ..., 0]),
+    ]
+    expected = fake_encoder.encode(rows[[1] * len(pictures)])
+    assert same(fake_encoder.encode(pictures), expected)
+    assert fake_encoder.encode([]).shape == (0, 16)
+
+
+def test_a_single_picture_is_refused_with_the_right_call(fake_encoder, tmp_path):
+    path = tmp_path / "a.png"
+    content = png(pixels(1)[0])
+    for single in (path, str(path), content, opened(content)):
+        with pytest.raises(InputError, match=r"a list of pictures.*pass \[picture\]"):
+            fake_encoder.encode(single)
+
+
+@pytest.mark.parametrize(
+    "rows",
+    [
+        pytest.param(np.zeros((2, 8, 9, 1), np.uint8), id="width"),
+        pytest.param(np.zeros((2, 8, 8, 3), np.uint8), id="channels"),
+        pytest.param(np.zeros((2, 8, 8), np.uint8), id="no channel axis"),
+        pytest.param(np.zeros((8, 8, 1), np.uint8), id="one image"),
+        pytest.param(np.zeros((2, 8, 8, 1), np.float32), id="float"),
+        pytest.param(np.zeros((), np.uint8), id="no axis"),
+    ],
+)
+def test_pixels_of_another_shape_or_type_are_refused_with_both(fake_encoder, rows):
+    with pytest.raises(InputError) as caught:
+        fake_encoder.encode(rows)
+    assert str(caught.value) == (
+        f"model fake takes uint8 of shape (rows, 8, 8, 1), not {rows.dtype} of shape {rows.shape}"
+    )
+
+
+def test_a_picture_that_cannot_be_read_is_named(fake_encoder, tmp_path):
+    good = png(pixels(1)[0])
+    (tmp_path / "bad.png").write_bytes(good[:60])
+    with pytest.raises(InputError, match=r"bad.png: broken image"):
+        fake_encoder.encode([good, tmp_path / "bad.png"])
+    with pytest.raises(InputError, match=r"gone.png: no such file"):
+        fake_encoder.encode([good, str(tmp_path / "gone.png")])
+    with pytest.raises(InputError, match="row 1: empty file"):
+        fake_encoder.encode([good, b""])
+    with pytest.raises(InputError, match="row 1: broken image"):
+        fake_encoder.encode([good, opened(good[:60])])
+    with pytest.raises(InputError, match=r"row 1: a ndarray is no picture.*all pixels as one"):
+        fake_encoder.encode([good, pixels(1)[0]])
+
+
+@pytest.mark.parametrize("tau", [0.0, 1.0, -1.0, float("nan")])
+def test_a_tau_out_of_range_is_refused(fake_encoder, tau):
+    with pytest.raises(UsageError, match="tau must be above 0 and below 1"):
+        fake_encoder.encode(pixels(1), tau=tau)
+
+
+def test_tau_replaces_the_models_own_and_is_recorded(fake_encoder):
+    rows = pixels(30)
+    default = fake_encoder.encode(rows)
+    assert same(fake_encoder.encode(rows, tau=0.5), default)
+    strict, loose = fake_encoder.encode(rows, tau=0.9), fake_encoder.encode(rows, tau=0.1)
+    assert strict.nnz < default.nnz < loose.nnz
+    assert fake_encoder.provenance()["tau"] == 0.5
+    assert fake_encoder.provenance(tau=0.9)["tau"] == 0.9
+
+
+def test_the_graph_is_fed_the_threshold_as_a_float32_logit(fake_encoder):
+    session = FailsOnWhite(0)
+    Encoder(session, fake_encoder.manifest).encode(pixels(1), tau=0.7)
+    (feeds,) = session.feeds
+    assert feeds.keys() == {"image", "tau_logit"}
+    assert feeds["tau_logit"].dtype == np.float32
+    assert feeds["tau_logit"].shape == ()
+    assert feeds["tau_logit"] == threshold_logit(0.7)
+
+
+@pytest.mark.parametrize("value", [np.nan, np.inf, -np.inf])
+def test_a_model_that_gives_no_number_is_an_error_that_names_the_row(fake_encoder, value):
+    broken = Encoder(FailsOnWhite(value), fake_encoder.manifest)
+    rows = np.zeros((BATCH_SIZE + 9, 8, 8, 1), np.uint8)
+    assert broken.encode(rows).nnz == 0
+    for bad in (BATCH_SIZE + 4, 2):
+        rows[bad] = 255
+        with pytest.raises(
+            InputError, match=f"^row {bad}: model fake gives values that are not fi"
+        ):
+            broken.encode(rows)
+
+
+def test_a_model_of_vectors_takes_float32_rows_and_nothing_else(vector_encoder):
+    rows = np.random.default_rng(0).normal(size=(5, 64)).astype(np.float32)
+    assert vector_encoder.encode(rows).shape == (5, 16)
+    with pytest.raises(InputError, match=r"takes float32 of shape \(rows, 64\), not float64 of"):
+        vector_encoder.encode(rows.astype(np.float64))
+    with pytest.raises(InputError, match="encodes vectors of length 64, not pictures"):
+        vector_encoder.encode(["a.png"])
+    rows[3, 7] = np.nan
+    with pytest.raises(InputError, match="row 3 holds values that are not finite"):
+        vector_encoder.encode(rows)
+
+
+# Bundles
+
+
+def test_an_opened_bundle_encodes_each_image_alike_in_any_batch(tiny_bundle):
+    encoder = Encoder.open(str(tiny_bundle), device="cpu")
+    rows = np.random.default_rng(5).integers(0, 256, (300, 4, 4, 1), dtype=np.uint8)
+    codes = encoder.encode(rows)
+    assert 0 < codes.nnz < 300 * 6
+    assert same(encoder.encode(rows[::-1]), codes[::-1])
+    assert same(encoder.encode(rows[17:18]), codes[[17]])
+    assert encoder.provenance() == {
+        "model": "tiny",
+        "model_digest": encoder.manifest.digest,
+        "tau": 0.5,
+        "view": "mean",
+        "engine": encoder.engine,
+        "vsc_serve": __version__,
+    }
+
+
+def edit_probe(bundle, **changes):
+    stored = json.loads((bundle / MANIFEST).read_text(encoding="utf-8"))
+    stored["probes"][0] |= changes
+    (bundle / MANIFEST).write_text(json.dumps(stored), encoding="utf-8")
+    return stored["probes"][0]
+
+
+@pytest.mark.parametrize("error", [0.9e-4, -0.9e-4])
+def test_a_probe_may_differ_by_float_noise(tiny_bundle, error):
+    probe = edit_probe(tiny_bundle)
+    edit_probe(tiny_bundle, values=[value + error for value in probe["values"]])
+    Encoder.open(tiny_bundle, device="cpu")
+
+
+def test_a_bundle_that_gives_other_codes_than_at_export_does_not_open(tiny_bundle):
+    probe = edit_probe(tiny_bundle)
+    assert len(probe["values"]) >= 2
+    other_values = [probe["values"][0] + 1.5e-4, *probe["values"][1:]]
+    for changes in (
+        {"values": other_values},
+        {"indices": probe["indices"][1:], "values": probe["values"][1:]},
+        {"indices": [*probe["indices"][:-1], probe["indices"][-1] + 1]},
+    ):
+        edit_probe(tiny_bundle, **probe | changes)
+        with pytest.raises(BundleError, match=r"probe.png: gives another code than at export"):
+            Encoder.open(tiny_bundle, device="cpu")
+
+
+def test_a_pillow_that_decodes_differently_is_found_before_any_code(tiny_bundle):
+    edit_probe(tiny_bundle, pixels_sha256="0" * 64)
+    with pytest.raises(BundleError, match=r"probe.png: this machine's Pillow .* other pixels than"):
+        Encoder.open(tiny_bundle, device="cpu")
+
+
+def test_a_damaged_bundle_does_not_open(tiny_bundle):
+    (tiny_bundle / ENCODER).write_bytes(b"no graph")
+    with pytest.raises(BundleError, match="changed since it was exported"):
+        Encoder.open(tiny_bundle, device="cpu")
+    stored = json.loads((tiny_bundle / MANIFEST).read_text(encoding="utf-8"))
+    stored["files"][ENCODER] = sha256(tiny_bundle / ENCODER)
+    (tiny_bundle / MANIFEST).write_text(json.dumps(stored), encoding="utf-8")
+    with pytest.raises(BundleError, match="onnxruntime cannot load it"):
+        Encoder.open(tiny_bundle, device="cpu")
+
+
+# Decoding
+
+
+@pytest.mark.parametrize("count", [0, 1, BATCH_SIZE + 1])
+def test_codes_are_decoded_row_by_row(tiny_bundle, count):
+    decoder = Decoder.open(tiny_bundle, device="cpu")
+    dense = np.random.default_rng(0).normal(size=(BATCH_SIZE + 1, 6)).astype(np.float32)
+    means = decoder.decode(dense_to_csr(dense[:count]))
+    assert means.shape == (count, 4, 4, 1)
+    assert means.dtype == np.float32
+    if count:
+        assert 0 <= means.min() < means.max() <= 1
+        np.testing.assert_array_equal(
+            means[-1:], decoder.decode(dense_to_csr(dense[count - 1 :][:1]))
+        )
+
+
+def test_codes_that_were_computed_with_are_decoded_too(tiny_bundle):
+    decoder = Decoder.open(tiny_bundle, device="cpu")
+    codes = dense_to_csr(np.ones((1, 6), np.float32))
+    np.testing.assert_array_equal(decoder.decode(codes.astype(np.float64)), decoder.decode(codes))
+
+
+def test_codes_of_another_model_are_refused_with_both_sizes(tiny_bundle):
+    decoder = Decoder.open(tiny_bundle, device="cpu")
+    with pytest.raises(InputError, match=r"codes have 7 latents, but model tiny has 6. Decode wi"):
+        decoder.decode(dense_to_csr(np.ones((1, 7), np.float32)))
