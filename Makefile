@@ -39,12 +39,13 @@ wheel container photos: $(VENV)/installed
 
 install: $(VENV)/installed
 
-# An editable install: the code needs no second one, only a change of pyproject.toml does.
-$(VENV)/installed: pyproject.toml
+# An editable install: a change of the code needs no second one.
+$(VENV)/installed: pyproject.toml constraints.txt
 	@$(PYTHON) -c 'import sys; v = sys.version_info; sys.exit(None if (3, 11) <= v < (3, 14) else "make: vsc-serve needs Python 3.11 to 3.13, and $(PYTHON) is %d.%d. Give another: make PYTHON=python3.12" % v[:2])'
 	@echo 'Installing into $(VENV): a minute or two, once.'
 	@$(PYTHON) -m venv $(VENV)
-	@$(BIN)/python -m pip install --quiet --disable-pip-version-check --editable '.[$(EXTRAS)]'
+	@$(BIN)/python -m pip install --quiet --disable-pip-version-check \
+		--constraint constraints.txt --editable '.[$(EXTRAS)]'
 	@touch $(VENV)/installed
 
 clean:

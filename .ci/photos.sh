@@ -30,7 +30,7 @@ cd "$2"
 
 # Show a command, and run it.
 run() {
-    echo "$ $*"
+    echo "$ $*" >&2
     "$@"
 }
 fail() {
@@ -42,7 +42,7 @@ fail() {
     "$VSC_DATA/photos.tar.xz"
 [ -f photos/cat/0000.jpg ] || fail "photos.tar.xz holds no photos/cat/0000.jpg"
 
-run vsc train photos --out run --set steps=300
+run vsc train photos --out run --set steps=400
 run vsc export run --out model
 run vsc encode photos --out codes.npz --model model
 run vsc search codes.npz --like photos/cat/0000.jpg --explain --model model | tee hits.txt
@@ -55,9 +55,9 @@ cmp codes.npz again.npz || fail "the same photographs gave other bytes"
 [ "$(find drawn -name '*.png' | wc -l)" -eq 100 ] || fail "not every row was drawn"
 head -n 1 hits.txt | grep -q 'cat/0000.jpg$' || fail "the photograph most like a photograph is another"
 "$python" - <<'PYTHON'
-from vsc_serve import read_codes
-
 from pathlib import Path
+
+from vsc_serve import read_codes
 
 stored = read_codes(Path("codes.npz"))
 assert stored.codes.shape[0] == len(stored.ids) == 10_000, stored.codes.shape

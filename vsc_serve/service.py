@@ -81,7 +81,7 @@ def _cpu_count() -> int:
 class Limits:
     """How much one request may bring, and how much is worked on at a time."""
 
-    max_body_bytes: int = 64 * 1024 * 1024
+    max_body_bytes: int = 64_000_000
     """Bytes of a request's body."""
     max_rows: int = 1024
     """Pictures or vectors of a request."""
@@ -249,14 +249,14 @@ class _Server(uvicorn.Server):
     async def shutdown(self, sockets: list[socket.socket] | None = None) -> None:
         """Wait for requests in flight, still answering health checks, then close."""
         service = self._service
-        logger.info("stopping: %d requests in flight", service.in_flight)
+        logger.info("stopping; requests in flight: %d", service.in_flight)
         deadline = asyncio.get_running_loop().time() + self._drain_timeout_s
         while service.in_flight and not self.force_exit:
             if asyncio.get_running_loop().time() > deadline:
                 logger.warning(
-                    "%d requests did not finish in %g s and are cut off",
-                    service.in_flight,
+                    "not done in %g s and cut off; requests: %d",
                     self._drain_timeout_s,
+                    service.in_flight,
                 )
                 self.config.timeout_graceful_shutdown = 0
                 break

@@ -6,6 +6,7 @@ protocol, so tests can hand in a fake.
 
 import ctypes
 import logging
+import os
 from collections.abc import Mapping, Sequence
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
@@ -134,7 +135,7 @@ def cuda_is_there() -> bool:
     if CUDA_PROVIDER not in ort.get_available_providers():
         return False
     try:
-        ctypes.CDLL("libcuda.so.1")
+        ctypes.CDLL("nvcuda.dll" if os.name == "nt" else "libcuda.so.1")
     except OSError:
         return False
     return True

@@ -17,7 +17,8 @@ from vsc_serve.preprocess import PixelSpec
 from vsc_training.checkpoint import CHECKPOINT, load_checkpoint, save_checkpoint, start_run
 from vsc_training.config import Recipe, load_recipe
 from vsc_training.data import Examples, load_examples
-from vsc_training.fit import Trainer, choose_device, fit
+from vsc_training.device import choose_device
+from vsc_training.fit import Trainer, fit
 from vsc_training.model import VSC, DataSpec, choose_network
 
 CPU = torch.device("cpu")
@@ -207,7 +208,7 @@ def test_vectors_are_scaled_inside_and_come_back_in_their_own_units() -> None:
 
 
 def test_bfloat16_products_leave_spike_logits_and_bound_in_float32() -> None:
-    from vsc_training.fit import objective_terms
+    from vsc_training.step import objective_terms
 
     recipe = small_recipe("precision=bfloat16")
     rows = np.random.default_rng(0).integers(0, 256, (64, 8, 8, 1), dtype=np.uint8)

@@ -1,15 +1,18 @@
 """`vsc train`. torch is imported inside the command, so that help stays fast."""
 
+from collections.abc import Callable
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
+from vsc_serve.atomic import refuse_existing
 from vsc_serve.console import progress, require_extra, say
 
 if TYPE_CHECKING:
     from vsc_training.config import Recipe
     from vsc_training.data import Examples
+    from vsc_training.distributed import Group
     from vsc_training.metrics import Health
 
 app = typer.Typer()
@@ -39,55 +42,92 @@ def train(
 ) -> None:
     """Fit a model to a folder of pictures or an array."""
     require_extra("train", "torch", "safetensors", "tensorboard")
-    from vsc_serve.atomic import refuse_existing
     from vsc_training.config import load_recipe
-    from vsc_training.data import load_examples
+    from vsc_training.distributed import joined_group
 
     resolved = load_recipe(recipe, overrides or [], active=active)
-    if not resume:
-        refuse_existing(out, force=force)
-    chosen = _device(device, threads)
-    examples = load_examples(data, size=size)
-    _say_data(data, examples)
-    health = _fit(resolved, examples, out, chosen, resume=resume, force=force)
-    asked = resolved.active
-    say("codes", f"{health}")
-    say("asked", f"{asked:.1f} active per image, got {health.active:.1f}")
-    say("next", f"vsc export {out} --out model/")
+    with joined_group(_device(device, threads)) as (group, own_device):
+        talk = say if group.is_first else _keep_quiet
+        if group.is_first and not resume:
+            refuse_existing(out, force=force)
+        examples = _load(data, size, talk)
+        _say_model(resolved, examples, own_device, group.size, talk)
+        health = _fit(resolved, examples, out, own_device, group, resume=resume, force=force)
+    talk("codes", f"{health}")
+    talk("asked", f"{resolved.active:.1f} active per image, got {health.active:.1f}")
+    talk("next", f"vsc export {out} --out model/")
 
 
 def _fit(
-    recipe: "Recipe", examples: "Examples", out: Path, device: Any, *, resume: bool, force: bool
+    recipe: "Recipe",
+    examples: "Examples",
+    out: Path,
+    device: Any,
+    group: "Group",
+    *,
+    resume: bool,
+    force: bool,
 ) -> "Health":
-    from vsc_training.checkpoint import start_run
-    from vsc_training.fit import fit, uses_bfloat16
-    from vsc_training.model import choose_network
+    from vsc_training.checkpoint import CHECKPOINT, start_run
+    from vsc_training.distributed import wait_for_all
+    from vsc_training.fit import fit
 
-    network = choose_network(recipe, examples.spec)
-    products = "bfloat16 products" if uses_bfloat16(recipe, device) else "float32"
-    say(
-        "model",
-        f"VSC {network}, J={recipe.latent_dim}, alpha={recipe.alpha:g}, U={recipe.pseudo_inputs}",
-    )
-    say("fit", f"{recipe.steps} steps of {recipe.batch_size} on {device.type}, {products}")
-    resume = start_run(out, recipe, examples, resume=resume, force=force)
+    if group.is_first:
+        start_run(out, recipe, examples, resume=resume, force=force)
+    wait_for_all()
     with progress("train", recipe.steps, "steps") as shown:
         return fit(
             recipe,
             examples,
             out,
             device=device,
-            resume=resume,
+            group=group,
+            resume=resume and (out / CHECKPOINT).is_file(),
             name=out.resolve().name,
             report=shown.update,
         )
+
+
+def _load(path: Path, size: int | None, talk: Callable[[str, str], None]) -> "Examples":
+    from vsc_training.data import load_examples
+
+    examples = load_examples(path, size=size)
+    spec = examples.spec.pixel_spec or f"vectors of {examples.spec.input_dim}"
+    labels = "" if examples.labels is None else f", {len(set(examples.labels.tolist()))} classes"
+    talk("data", f"{path}: {len(examples.rows):,} examples, {spec}{labels}")
+    if examples.bad:
+        talk("skipped", f"{len(examples.bad)} files that cannot be read (errors.jsonl in the run)")
+    return examples
+
+
+def _say_model(
+    recipe: "Recipe",
+    examples: "Examples",
+    device: Any,
+    process_count: int,
+    talk: Callable[[str, str], None],
+) -> None:
+    from vsc_training.device import uses_bfloat16
+    from vsc_training.model import choose_network
+
+    network = choose_network(recipe, examples.spec)
+    products = "bfloat16 products" if uses_bfloat16(recipe, device) else "float32"
+    processes = f" in {process_count} processes" if process_count > 1 else ""
+    talk(
+        "model",
+        f"VSC {network}, J={recipe.latent_dim}, alpha={recipe.alpha:g}, U={recipe.pseudo_inputs}",
+    )
+    talk(
+        "fit",
+        f"{recipe.steps} steps of {recipe.batch_size} on {device.type}{processes}, {products}",
+    )
 
 
 def _device(choice: str, threads: int) -> Any:
     import torch
 
     from vsc_serve.errors import UsageError
-    from vsc_training.fit import choose_device
+    from vsc_training.device import choose_device
 
     if choice not in ("auto", "cpu", "cuda"):
         raise UsageError(f"--device must be auto, cpu or cuda, not {choice}")
@@ -96,9 +136,5 @@ def _device(choice: str, threads: int) -> Any:
     return choose_device(choice)  # type: ignore[arg-type]  # checked above
 
 
-def _say_data(path: Path, examples: "Examples") -> None:
-    spec = examples.spec.pixel_spec or f"vectors of {examples.spec.input_dim}"
-    labels = "" if examples.labels is None else f", {len(set(examples.labels.tolist()))} classes"
-    say("data", f"{path}: {len(examples.rows):,} examples, {spec}{labels}")
-    if examples.bad:
-        say("skipped", f"{len(examples.bad)} files that cannot be read (errors.jsonl in the run)")
+def _keep_quiet(_label: str, _text: str) -> None:
+    """Say nothing: one process of several talks for all."""
