@@ -27,6 +27,7 @@ Codes: TypeAlias = "scipy.sparse.csr_array[np.float32, tuple[int, int]]"
 """Sparse codes, shape (images, latents), float32, sorted indices, no stored zero."""
 
 _INT32_MAX: Final = 2**31 - 1
+_ZIP64_BYTES: Final = 2**30
 _ZIP_EPOCH: Final = (1980, 1, 1, 0, 0, 0)
 _NPZ_ERRORS: Final = (
     *(OSError, EOFError, ValueError, TypeError, KeyError, AttributeError, RuntimeError),
@@ -240,5 +241,7 @@ def _add(archive: zipfile.ZipFile, name: str, array: NDArray[Any], compression: 
     """Add one array, with the time of day left out so that the same array gives the same bytes."""
     entry = zipfile.ZipInfo(f"{name}.npy", _ZIP_EPOCH)
     entry.compress_type = compression
-    with archive.open(entry, "w", force_zip64=True) as member:
+    # Only where it is needed: what Python writes otherwise differs between its versions.
+    is_large = array.nbytes >= _ZIP64_BYTES
+    with archive.open(entry, "w", force_zip64=is_large) as member:
         np.lib.format.write_array(member, np.asanyarray(array), allow_pickle=False)

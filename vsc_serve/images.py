@@ -122,7 +122,7 @@ def _walk_folders(top: Path) -> Iterator[tuple[Path, list[str]]]:
                 folders.clear()
                 continue
             seen.add(real)
-            folders[:] = sorted(name for name in folders if not _is_junk(name))
+            folders[:] = sorted(name for name in folders if not is_junk(name))
             links = [Path(parent, name) for name in folders]
             pending += [link for link in links if link.is_symlink()]
             yield Path(parent), names
@@ -134,7 +134,8 @@ def _refuse_folder(error: OSError) -> None:
     ) from error
 
 
-def _is_junk(name: str) -> bool:
+def is_junk(name: str) -> bool:
+    """Tell whether a folder is passed over: hidden, or made by a system for itself."""
     return name.startswith(".") or name in _JUNK_FOLDERS
 
 

@@ -1,7 +1,7 @@
 """The HTTP service: pictures or vectors in, sparse codes out.
 
-`create_app` makes the routes around one open encoder, `run` listens until SIGTERM or SIGINT, and
-`serve`, which `vsc serve` calls, does both for a bundle. docs/service.md shows every route.
+`create_app` makes the routes around one open encoder; `server` runs it. docs/service.md shows
+every route.
 
 The event loop only reads requests and writes answers, so liveness never waits for work: decoding,
 encoding and formatting happen in a bounded number of worker threads.
@@ -11,13 +11,9 @@ import asyncio
 import json
 import logging
 import os
-import signal
-import socket
 from collections.abc import AsyncIterator, Callable, Mapping, Sequence
 from contextlib import asynccontextmanager
 from dataclasses import asdict, dataclass, field, fields
-from pathlib import Path
-from types import FrameType
 from typing import Annotated, Any, Final, Literal, NamedTuple, TypeVar
 
 import numpy as np
@@ -30,12 +26,11 @@ from vsc_serve.encoder import Encoder, image_spec
 from vsc_serve.errors import InputError, UsageError
 from vsc_serve.images import MAX_PIXELS, BadImage, read_pixels
 from vsc_serve.preprocess import PixelSpec
-from vsc_serve.session import Device
 
 try:
     import anyio
     import python_multipart  # noqa: F401 - starlette finds out only when a form arrives
-    import uvicorn
+    import uvicorn  # noqa: F401 - for `server`; said here with the others
     from fastapi import APIRouter, FastAPI, Header, HTTPException, Query, Request, Response
     from fastapi.exceptions import RequestValidationError
     from fastapi.responses import JSONResponse
@@ -63,9 +58,6 @@ _DECODE_CHUNK: Final = 32
 
 _MAX_ERRORS_HEADER: Final = 4000
 """Bytes of X-Vsc-Errors; proxies commonly refuse headers over 4 to 8 KiB."""
-
-_CLOSING_S: Final = 5
-"""Seconds that connections get to close once no request is in flight."""
 
 T = TypeVar("T")
 
@@ -151,117 +143,6 @@ def create_app(encoder: Encoder, limits: Limits | None = None) -> FastAPI:
     app.add_exception_handler(ClientDisconnect, _answer_disconnect)
     app.add_exception_handler(Exception, _answer_bug)
     return app
-
-
-def serve(
-    model: Path,
-    *,
-    host: str = "127.0.0.1",
-    port: int = 8000,
-    device: Device = "auto",
-    limits: Limits | None = None,
-    drain_timeout_s: float = 30.0,
-) -> None:
-    """Open a bundle and serve it until SIGTERM or SIGINT; what `vsc serve` does.
-
-    Each encoder call computes on one thread, and several run side by side: for requests that come
-    together this is faster than one call on all processors.
-
-    Args:
-        model: Folder that `vsc export` wrote.
-        host: Address to listen on.
-        port: Port to listen on; 0 takes a free one.
-        device: `cpu`, `cuda` (an error where there is none), or `auto`.
-        limits: How much a request may bring.
-        drain_timeout_s: Seconds that requests in flight get to finish once the service is stopped.
-
-    Raises:
-        BundleError: The bundle is damaged.
-        DeviceError: The device or onnxruntime is not there.
-        UsageError: The address cannot be listened on.
-    """
-    # Process 1 of a container ignores SIGTERM by default; `run` replaces this handler.
-    signal.signal(signal.SIGTERM, _leave)
-    encoder = Encoder.open(model, device=device, threads=1)
-    run(create_app(encoder, limits), host=host, port=port, drain_timeout_s=drain_timeout_s)
-
-
-def run(
-    app: FastAPI, *, host: str = "127.0.0.1", port: int = 8000, drain_timeout_s: float = 30.0
-) -> None:
-    """Serve an application of `create_app` until SIGTERM or SIGINT, then drain and return.
-
-    Draining: readiness turns 503, new work is refused with 503, requests in flight finish. A second
-    signal, or the end of the timeout, closes their connections; the process then ends with the
-    computation it is in, whose result is dropped.
-
-    Args:
-        app: What `create_app` returned.
-        host: Address to listen on.
-        port: Port to listen on; 0 takes a free one. The log line at the start names it.
-        drain_timeout_s: Seconds that requests in flight get to finish.
-
-    Raises:
-        UsageError: The address cannot be listened on.
-    """
-    _log_to_stderr()
-    config = uvicorn.Config(
-        app,
-        lifespan="on",
-        access_log=False,
-        log_config=None,
-        log_level=logging.WARNING,
-        server_header=False,
-        timeout_graceful_shutdown=_CLOSING_S,
-    )
-    with _listen(host, port) as listener:
-        _Server(config, app.state.service, drain_timeout_s).run(sockets=[listener])
-
-
-class _Server(uvicorn.Server):
-    """uvicorn, but it goes on answering while it drains, and a signal is no failure."""
-
-    def __init__(self, config: uvicorn.Config, service: Service, drain_timeout_s: float) -> None:
-        super().__init__(config)
-        self._service = service
-        self._drain_timeout_s = drain_timeout_s
-
-    def handle_exit(self, sig: int, frame: FrameType | None) -> None:
-        """Begin to drain; at the second signal, stop waiting."""
-        self._service.phase = "draining"
-        self.force_exit = self.should_exit
-        self.should_exit = True
-
-    async def startup(self, sockets: list[socket.socket] | None = None) -> None:
-        """Begin to accept connections, and say where."""
-        await super().startup(sockets)
-        encoder = self._service.encoder
-        for listener in sockets or []:
-            logger.info(
-                "vsc-serve %s: model %s (%s) on %s, listening on %s",
-                __version__,
-                encoder.manifest.name,
-                encoder.manifest.digest,
-                encoder.engine,
-                _url(listener),
-            )
-
-    async def shutdown(self, sockets: list[socket.socket] | None = None) -> None:
-        """Wait for requests in flight, still answering health checks, then close."""
-        service = self._service
-        logger.info("stopping; requests in flight: %d", service.in_flight)
-        deadline = asyncio.get_running_loop().time() + self._drain_timeout_s
-        while service.in_flight and not self.force_exit:
-            if asyncio.get_running_loop().time() > deadline:
-                logger.warning(
-                    "not done in %g s and cut off; requests: %d",
-                    self._drain_timeout_s,
-                    service.in_flight,
-                )
-                self.config.timeout_graceful_shutdown = 0
-                break
-            await asyncio.sleep(0.02)
-        await super().shutdown(sockets)
 
 
 class _Gate:
@@ -770,32 +651,3 @@ def _blank(manifest: Manifest) -> NDArray[Any]:
     if manifest.pixel_spec is not None:
         return np.zeros((1, *manifest.pixel_spec.shape), np.uint8)
     return np.zeros((1, manifest.input_dim or 0), np.float32)
-
-
-def _listen(host: str, port: int) -> socket.socket:
-    """Return a listening socket. Raises UsageError when the address is taken or cannot be used."""
-    if not 0 <= port <= 65535:
-        raise UsageError(f"--port must be between 0 and 65535, not {port}")
-    try:
-        family = socket.getaddrinfo(host, port, type=socket.SOCK_STREAM)[0][0]
-        return socket.create_server((host, port), family=family, backlog=2048)
-    except OSError as error:
-        raise UsageError(
-            f"cannot listen on {host}, port {port} ({error.strerror})."
-            " Choose another --host or --port."
-        ) from error
-
-
-def _url(listener: socket.socket) -> str:
-    host, port = listener.getsockname()[:2]
-    return f"http://[{host}]:{port}" if ":" in host else f"http://{host}:{port}"
-
-
-def _log_to_stderr() -> None:
-    """Log to stderr, through the handlers that are there already if there are any."""
-    logging.basicConfig(level=logging.WARNING, format="%(asctime)s %(levelname)s %(message)s")
-    logging.getLogger("vsc_serve").setLevel(logging.INFO)
-
-
-def _leave(_sig: int, _frame: FrameType | None) -> None:
-    raise SystemExit(0)

@@ -159,6 +159,8 @@ def _import_onnxruntime() -> Any:
             "onnxruntime and onnxruntime-gpu are both installed and overwrite each other."
             " Run: pip uninstall -y onnxruntime onnxruntime-gpu, then install one of them again."
         )
+    # From 1.32 on onnxruntime reports its use to its maker; whoever wants that may set 0.
+    os.environ.setdefault("ORT_DISABLE_TELEMETRY", "1")
     try:
         import onnxruntime
     except ImportError as error:

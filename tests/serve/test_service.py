@@ -31,11 +31,12 @@ from hypothesis import strategies as st
 from numpy.typing import NDArray
 from PIL import Image
 
-from vsc_serve import service
+from vsc_serve import server, service
 from vsc_serve.codes import codes_to_bytes, read_codes
 from vsc_serve.encoder import Encoder
 from vsc_serve.errors import UsageError
-from vsc_serve.service import JSON, NPZ, Limits, create_app, serve
+from vsc_serve.server import serve
+from vsc_serve.service import JSON, NPZ, Limits, create_app
 
 PNG = "image/png"
 
@@ -560,7 +561,8 @@ import numpy as np
 from vsc_serve.bundle import Manifest
 from vsc_serve.encoder import Encoder
 from vsc_serve.preprocess import PixelSpec
-from vsc_serve.service import create_app, run
+from vsc_serve.server import run
+from vsc_serve.service import create_app
 
 class Slow:
     engine = "slow"
@@ -714,7 +716,7 @@ def test_a_port_in_use_is_a_usage_error(fake_encoder):
         port = taken.getsockname()[1]
         message = f"cannot listen on 127.0.0.1, port {port} .*in use.*another --host or --port"
         with pytest.raises(UsageError, match=message):
-            service.run(create_app(fake_encoder), port=port)
+            server.run(create_app(fake_encoder), port=port)
 
 
 @pytest.mark.parametrize(
@@ -726,7 +728,7 @@ def test_a_port_in_use_is_a_usage_error(fake_encoder):
 )
 def test_an_impossible_address_is_a_usage_error(fake_encoder, host, port, message):
     with pytest.raises(UsageError, match=message):
-        service.run(create_app(fake_encoder), host=host, port=port)
+        server.run(create_app(fake_encoder), host=host, port=port)
 
 
 def test_serve_opens_the_bundle_and_passes_everything_on(fake_encoder, monkeypatch):
@@ -734,7 +736,7 @@ def test_serve_opens_the_bundle_and_passes_everything_on(fake_encoder, monkeypat
     monkeypatch.setattr(
         Encoder, "open", lambda path, **options: calls.append((path, options)) or fake_encoder
     )
-    monkeypatch.setattr(service, "run", lambda app, **options: calls.append((app, options)))
+    monkeypatch.setattr(server, "run", lambda app, **options: calls.append((app, options)))
     before = signal.getsignal(signal.SIGTERM)
     try:
         serve(

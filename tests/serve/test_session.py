@@ -2,6 +2,7 @@
 
 import ctypes
 import logging
+import subprocess
 import sys
 from importlib.metadata import PackageNotFoundError
 from types import SimpleNamespace
@@ -175,3 +176,13 @@ def test_no_onnxruntime_is_an_error_with_the_install_command(tiny_bundle, monkey
     monkeypatch.setitem(sys.modules, "onnxruntime", None)
     with pytest.raises(DeviceError, match=r"not installed. Run: pip install 'vsc-serve\[cpu\]'"):
         open_session(tiny_bundle / ENCODER)
+
+
+def test_onnxruntime_is_told_not_to_report_its_use() -> None:
+    code = (
+        "import os; os.environ.pop('ORT_DISABLE_TELEMETRY', None);"
+        "from vsc_serve.session import cuda_is_there; cuda_is_there();"
+        "print(os.environ['ORT_DISABLE_TELEMETRY'])"
+    )
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    assert done.stdout.strip() == "1"

@@ -115,6 +115,15 @@ def test_nothing_to_train_on_is_a_usage_error(tmp_path: Path) -> None:
         load_examples(tmp_path)
 
 
+def test_a_class_folder_without_a_picture_is_named(tmp_path: Path) -> None:
+    for name in ("cat", "dog"):
+        save_picture(tmp_path / name / "a.png", seed=len(name) + ord(name[0]))
+    (tmp_path / "emu").mkdir()
+    (tmp_path / ".cache").mkdir()
+    with pytest.raises(InputError, match="emu: a class folder without a readable picture"):
+        load_examples(tmp_path)
+
+
 def test_copies_of_an_example_lie_on_one_side_of_the_split(tmp_path: Path) -> None:
     rng = np.random.default_rng(0)
     rows = np.repeat(rng.integers(0, 256, (300, 4, 4), dtype=np.uint8), 2, axis=0)

@@ -19,7 +19,7 @@ from numpy.typing import NDArray
 from PIL import UnidentifiedImageError
 
 from vsc_serve.errors import InputError, UsageError
-from vsc_serve.images import BadImage, ImageSource, find_images, open_image, read_images
+from vsc_serve.images import BadImage, ImageSource, find_images, is_junk, open_image, read_images
 from vsc_serve.preprocess import PixelSpec
 from vsc_training.model import DataSpec
 
@@ -143,7 +143,10 @@ def _load_folder(folder: Path, size: int | None) -> Examples:
             f"{folder}: none of {len(sources)} image files can be read; the first: {bad[0].id}:"
             f" {bad[0].reason}"
         )
-    return Examples(pixels, ids, DataSpec(pixel_spec=spec), _folder_labels(ids), bad)
+    labels = _folder_labels(ids)
+    if labels is not None:
+        _refuse_empty_class(folder, ids)
+    return Examples(pixels, ids, DataSpec(pixel_spec=spec), labels, bad)
 
 
 def _folder_labels(ids: Sequence[str]) -> NDArray[np.int64] | None:
@@ -153,6 +156,17 @@ def _folder_labels(ids: Sequence[str]) -> NDArray[np.int64] | None:
         return None
     number = {name: position for position, name in enumerate(classes)}
     return np.array([number[identity.split("/")[0]] for identity in ids], np.int64)
+
+
+def _refuse_empty_class(folder: Path, ids: Sequence[str]) -> None:
+    """Raise InputError for a class folder without a readable picture: a copy that went wrong."""
+    used = {identity.split("/")[0] for identity in ids}
+    for path in sorted(folder.iterdir()):
+        if path.is_dir() and not is_junk(path.name) and path.name not in used:
+            raise InputError(
+                f"{path}: a class folder without a readable picture."
+                " Add pictures, or remove the folder."
+            )
 
 
 def _load_file(path: Path) -> Examples:
