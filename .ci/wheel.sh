@@ -61,7 +61,8 @@ assert any(name.endswith("licenses/LICENSE") for name in record), "no LICENSE in
 tops = {name.split("/")[1] for name in tarfile.open(sdist).getnames() if "/" in name}
 allowed = {
     *("vsc_serve", "training", "export", "tests", "docs", "README.md", "CHANGELOG.md"),
-    *("LICENSE", "PKG-INFO", "pyproject.toml", ".gitignore"),
+    *("CONTRIBUTING.md", "LICENSE", "PKG-INFO", "Makefile", "constraints.txt", "pyproject.toml"),
+    ".gitignore",
 }
 assert tops <= allowed, f"the sdist holds {sorted(tops - allowed)}"
 print(f"{len(expected)} files in {len(places)} packages, {wheel.stat().st_size / 1000:.0f} kB")

@@ -45,6 +45,8 @@ class Recipe:
 
     spike: SpikeEstimator = "straight_through"
     """How gradients pass the on/off choice of a latent."""
+    spike_start: float = 0.0
+    """Share of latents that are on at the first step; 0: one half (mlp) or alpha (conv)."""
     sharpness_start: float = 50.0
     """Slope c of the relaxed spike at the first step."""
     sharpness_end: float = 200.0
@@ -114,6 +116,7 @@ class Recipe:
             _require(getattr(self, name) >= 0, name, getattr(self, name), "0 or more")
         for name in ("sharpness_start", "sharpness_end", "prior_sharpness", "learning_rate"):
             _require(getattr(self, name) > 0, name, getattr(self, name), "above 0")
+        _require(0 <= self.spike_start < 1, "spike_start", self.spike_start, "in [0, 1)")
         _require(
             0 <= self.validation_share < 1, "validation_share", self.validation_share, "in [0, 1)"
         )

@@ -83,7 +83,7 @@ class Trainer:
         )
         order = self._permutation(0)
         self.model.set_scaling(self.feed.take(self.train_numbers[order[:_CHECK_IMAGES]]))
-        self.model.start_spikes(recipe.alpha)
+        self.model.start_spikes(_spike_start(self.model))
         picked = order.repeat(-(-recipe.pseudo_inputs // len(order)))[: recipe.pseudo_inputs]
         self.model.start_pseudo_inputs(self.feed.take(self.train_numbers[picked]))
         self._objective: Objective | DistributedDataParallel = Objective(self.model)
@@ -218,6 +218,18 @@ def fit(
                 wait_for_all()
                 _stop_on_collapse(health, recipe, step)
     return health or trainer.check()
+
+
+def _spike_start(model: VSC) -> float:
+    """Return the share of latents that are on at the first step.
+
+    From one half, an mlp ends with a better reconstruction; with convolutions the noise of the
+    warm-up then drives every latent to 0 and hundreds of steps pass before one comes back
+    (training/LOG.md).
+    """
+    if model.recipe.spike_start > 0:
+        return model.recipe.spike_start
+    return 0.5 if model.network == "mlp" else model.recipe.alpha
 
 
 def _split(examples: Examples, recipe: Recipe) -> tuple[Tensor, Tensor]:

@@ -143,11 +143,7 @@ class VSC(nn.Module):
 
     @torch.no_grad()
     def start_spikes(self, share: float) -> None:
-        """Set the biases of the spike logits so that about this share of the latents is on.
-
-        From a share of one half, noise that the warm-up injects drives every latent to 0, and on
-        large pictures none comes back (training/LOG.md, 2026-11-22).
-        """
+        """Set the biases of the spike logits so that about this share of the latents is on."""
         self.spike_head.bias.fill_(float(torch.logit(torch.tensor(share, dtype=torch.float64))))
 
     def _encode_scaled(self, scaled: Tensor) -> Posterior:
