@@ -14,6 +14,7 @@ from vsc_serve.bundle import Manifest
 from vsc_serve.codes import threshold_logit
 from vsc_serve.encoder import Encoder
 from vsc_serve.preprocess import PixelSpec
+from vsc_serve.session import cuda_is_there
 
 
 class FakeSession:
@@ -131,3 +132,10 @@ def tiny_bundle(tmp_path_factory: pytest.TempPathFactory, tiny_run: Path) -> Pat
     out = tmp_path_factory.mktemp("bundles") / "bars"
     export_bundle(tiny_run, out)
     return out
+
+
+def pytest_runtest_setup(item: pytest.Item) -> None:
+    """Skip tests marked `gpu` where there is no GPU, unless VSC_REQUIRE_GPU=1 says there is one."""
+    is_optional = os.environ.get("VSC_REQUIRE_GPU") != "1"
+    if item.get_closest_marker("gpu") and is_optional and not cuda_is_there():
+        pytest.skip("no CUDA device (VSC_REQUIRE_GPU=1 makes this a failure)")

@@ -1,7 +1,6 @@
 """A real bundle that needs no training: a fixed linear encoder as an ONNX file, with probes."""
 
 import hashlib
-import os
 from pathlib import Path
 
 import numpy as np
@@ -14,7 +13,6 @@ from PIL import Image
 from vsc_serve.bundle import DECODER, ENCODER, MANIFEST, Manifest, Probe, sha256
 from vsc_serve.codes import threshold_logit
 from vsc_serve.preprocess import PixelSpec
-from vsc_serve.session import cuda_is_there
 
 LATENT_DIM = 6
 SPEC = PixelSpec(height=4, width=4, channels=1)
@@ -118,10 +116,3 @@ def tiny_bundle(tmp_path: Path) -> Path:
     )
     (folder / MANIFEST).write_text(manifest.to_json(), encoding="utf-8")
     return folder
-
-
-def pytest_runtest_setup(item: pytest.Item) -> None:
-    """Skip tests marked `gpu` where there is no GPU, unless VSC_REQUIRE_GPU=1 says there is one."""
-    is_optional = os.environ.get("VSC_REQUIRE_GPU") != "1"
-    if item.get_closest_marker("gpu") and is_optional and not cuda_is_there():
-        pytest.skip("no CUDA device (VSC_REQUIRE_GPU=1 makes this a failure)")

@@ -116,10 +116,10 @@ def test_a_resume_with_another_recipe_or_other_data_is_refused(
 def test_a_collapsed_model_ends_the_run_with_figure_and_remedy(
     grey_folder: Path, tmp_path: Path
 ) -> None:
-    recipe = small_recipe("on_collapse=stop", "beta=500")
+    recipe = small_recipe("on_collapse=stop", "alpha=0.001", "sparsity_weight=1000", "steps=200")
     examples = load_examples(grey_folder)
     start_run(tmp_path / "run", recipe, examples, resume=False, force=False)
-    with pytest.raises(CheckFailed, match=r"collapsed at step \d+: .* lower beta \(now 500\)"):
+    with pytest.raises(CheckFailed, match=r"collapsed at step \d+: codes are empty .* raise alpha"):
         fit(recipe, examples, tmp_path / "run", device=CPU)
 
 
