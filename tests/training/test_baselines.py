@@ -55,9 +55,10 @@ def test_the_vae_loss_is_the_negative_bound_of_one_draw(examples: Examples) -> N
     vae = baselines.DenseVae(baselines.make_layers(recipe(), examples), beta=1.0)
     rows = pixels(examples)
     with torch.no_grad():
+        vae.layers.slab_head.weight.mul_(6)  # or the divergence would be too small to be seen
         losses = [vae.loss(rows, torch.Generator().manual_seed(seed)) for seed in range(50)]
         bounds = [vae.iwae(rows, 1, torch.Generator().manual_seed(seed)) for seed in range(50)]
-    assert np.mean(losses) == pytest.approx(-float(torch.stack(bounds).mean()), abs=0.05)
+    assert np.mean(losses) == pytest.approx(-float(torch.stack(bounds).mean()), abs=0.1)
 
 
 def test_topk_keeps_the_k_largest_and_nothing_negative(examples: Examples) -> None:

@@ -1,5 +1,7 @@
-"""`vsc train`. torch is imported inside the command, so that help stays fast."""
+"""`vsc train` and `vsc eval`; torch is imported inside, so that help stays fast."""
 
+import json
+import sys
 from collections.abc import Callable
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
@@ -56,6 +58,40 @@ def train(
     talk("codes", f"{health}")
     talk("asked", f"{resolved.active:.1f} active per image, got {health.active:.1f}")
     talk("next", f"vsc export {out} --out model/")
+
+
+@app.command("eval")
+def evaluate(
+    run: Annotated[Path, typer.Argument(help="Folder that `vsc train` wrote.")],
+    data: Annotated[Path, typer.Argument(help="Folder of pictures, .npz or .npy to measure on.")],
+    *,
+    reference: Annotated[
+        Path | None, typer.Option(help="Data to search neighbours in (default: half of DATA).")
+    ] = None,
+    factors: Annotated[
+        Path | None, typer.Option(help="factors.npz with the true factors of DATA.")
+    ] = None,
+    iwae_samples: Annotated[int, typer.Option(help="Draws of the bound.", min=1)] = 50,
+    seed: Annotated[int, typer.Option(help="Seed of choices and noise.", min=0)] = 0,
+    device: Annotated[str, typer.Option(help="auto, cpu or cuda.")] = "auto",
+    threads: Annotated[int, typer.Option(help="CPU threads (0: torch chooses).", min=0)] = 0,
+    as_json: Annotated[bool, typer.Option("--json", help="Print JSON to stdout.")] = False,
+) -> None:
+    """Measure a model: bounds, sparsity, neighbours, probe, factors, and the curve over tau."""
+    require_extra("train", "torch", "safetensors", "tensorboard")
+    from vsc_training.evaluation.evaluate import evaluate_run
+
+    figures = evaluate_run(
+        run,
+        data,
+        reference=reference,
+        factors=factors,
+        iwae_samples=iwae_samples,
+        device=_device(device, threads),
+        seed=seed,
+    )
+    text = json.dumps(figures.to_json(), indent=2) if as_json else figures.table()
+    sys.stdout.write(text + "\n")
 
 
 def _fit(

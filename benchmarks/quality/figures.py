@@ -1,0 +1,171 @@
+"""What is measured of a fitted model, on the same rows for every model.
+
+10,000 training rows are the references of the neighbours and fit the probe; 5,000 test rows are the
+queries; error and sparsity are means over 10,000 test rows, the bound over the first 1,000 of them.
+"""
+
+import time
+from dataclasses import asdict
+from pathlib import Path
+from typing import Any, Final
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from torch import Tensor
+
+from benchmarks.quality.baselines import Coder, DenseVae, VscCoder
+from benchmarks.quality.data import Dataset, load_dataset
+from benchmarks.quality.runs import Run, fit_run
+from vsc_serve.analysis.features import ALWAYS_ON_SHARE, LIVE_SHARE
+from vsc_training.data import Examples
+from vsc_training.evaluation import bounds, disentanglement, probe, retrieval
+from vsc_training.feed import Feed
+
+MEASURED_ROWS: Final = 10_000
+QUERIES: Final = 5_000
+BOUND_ROWS: Final = 1_000
+BOUND_SAMPLES: Final = 50
+
+_BATCH: Final = 1_000
+_BOUND_SEED: Final = 1234
+_VARYING_VARIANCE: Final = 0.01
+"""Variance of a code above which a latent of a dense model is in use (Burda et al. 2016, 5.2)."""
+
+Codes = NDArray[np.float32]
+Figures = dict[str, float]
+Result = dict[str, Any]
+"""A run, a view of it, and its figures."""
+
+
+def measure(coder: Coder, dataset: Dataset) -> Figures:
+    """Return every figure that the data set allows.
+
+    Labels give neighbours and probe, factors give disentanglement, a likelihood gives the bound.
+
+    Args:
+        coder: The fitted model.
+        dataset: The data set.
+    """
+    known, asked = (choose_rows(part) for part in (dataset.train, dataset.test))
+    reference_rows = Feed.of(dataset.train.rows[known], torch.device("cpu"))
+    test_rows = Feed.of(dataset.test.rows[asked], torch.device("cpu"))
+    with torch.no_grad():
+        reference = _encode(coder, reference_rows)
+        test, squared_error = _encode_and_decode(coder, test_rows)
+    figures = {"squared_error": squared_error} | sparsity_figures(test)
+    figures |= _bound(coder, test_rows.take(torch.arange(min(BOUND_ROWS, len(test)))))
+    labels = dataset.labels()
+    if labels is not None:
+        queries, query_labels = test[:QUERIES], labels[1][asked][:QUERIES]
+        figures |= neighbour_figures(reference, labels[0][known], queries, query_labels)
+    if dataset.test_factors is not None:
+        figures |= factor_figures(test, dataset.test_factors[asked])
+    return figures
+
+
+def choose_rows(examples: Examples) -> NDArray[np.int64]:
+    """Return the numbers of up to 10,000 rows, the same in every call.
+
+    By chance, because folders of pictures come in the order of their classes.
+    """
+    return np.random.default_rng(0).permutation(len(examples.rows))[:MEASURED_ROWS]
+
+
+def fit_and_measure(run: Run, source: str, weights: Path | None) -> list[Result]:
+    """Fit one model and measure each view of it, on one thread: the work of one process.
+
+    Args:
+        run: What to fit.
+        source: Where the data is (see `data.load_dataset`).
+        weights: Folder for fitted weights, or None.
+    """
+    torch.set_num_threads(1)
+    dataset = load_dataset(source)
+    began = time.process_time()
+    views = fit_run(run, dataset.train, weights)
+    fit_cpu_s = round(time.process_time() - began, 1)
+    return [
+        asdict(run)
+        | {"view": view, "fit_cpu_s": fit_cpu_s, "torch": torch.__version__}
+        | {"figures": {name: round(value, 5) for name, value in measure(coder, dataset).items()}}
+        for view, coder in views.items()
+    ]
+
+
+def sparsity_figures(codes: Codes) -> Figures:
+    """Return what is on, and what storing and searching it costs.
+
+    `varying` counts latents whose value varies, for dense codes, in which every latent is "live".
+    """
+    firing = retrieval.firing_rates(codes)
+    dense_bytes = retrieval.BYTES_PER_VALUE * codes.shape[1]
+    return {
+        "active": float(firing.sum()),
+        "empty_share": float((~codes.any(axis=1)).mean()),
+        "live": float((firing >= LIVE_SHARE).sum()),
+        "always_on": float((firing > ALWAYS_ON_SHARE).sum()),
+        "varying": float((codes.var(axis=0) > _VARYING_VARIANCE).sum()),
+        "search_cost": retrieval.search_cost(codes),
+        "bytes": min(retrieval.bytes_per_row(codes), dense_bytes),
+    }
+
+
+def neighbour_figures(
+    reference: Codes,
+    reference_labels: NDArray[np.int64],
+    queries: Codes,
+    query_labels: NDArray[np.int64],
+) -> Figures:
+    """Return the accuracy of neighbours by code and by support alone, and of a linear probe."""
+    both = (reference_labels, queries, query_labels)
+    neighbours, truth = retrieval.neighbour_labels(reference, *both)
+    figures = {
+        "knn": retrieval.vote_accuracy(neighbours, truth),
+        "precision_10": retrieval.same_class_share(neighbours, truth),
+        "linear_probe": probe.linear_probe_accuracy(reference, *both),
+    }
+    if not (reference != 0).all():
+        figures["knn_support"] = retrieval.knn_accuracy(
+            reference != 0, reference_labels, queries != 0, query_labels
+        )
+    return figures
+
+
+def factor_figures(codes: Codes, factors: NDArray[np.float32]) -> Figures:
+    """Return how well single latents stand for single factors."""
+    dci = disentanglement.dci(codes, factors)
+    return {
+        "mig": disentanglement.mig(codes, factors),
+        "sap": disentanglement.sap(codes, factors),
+        "dci_disentanglement": dci.disentanglement,
+        "dci_completeness": dci.completeness,
+        "dci_informativeness": dci.informativeness,
+        "correlation": disentanglement.factor_correlation(codes, factors).strongest,
+    }
+
+
+def _bound(coder: Coder, rows: Tensor) -> Figures:
+    generator = torch.Generator().manual_seed(_BOUND_SEED)
+    if isinstance(coder, VscCoder):
+        bound = bounds.iwae(coder.model, rows, BOUND_SAMPLES, generator)
+        return {"iwae": float(bound.iwae.mean()), "elbo": float(bound.elbo.mean())}
+    if isinstance(coder, DenseVae):
+        with torch.no_grad():
+            return {"iwae": float(coder.iwae(rows, BOUND_SAMPLES, generator).mean())}
+    return {}
+
+
+def _encode(coder: Coder, feed: Feed) -> Codes:
+    batches = feed.batches(torch.arange(len(feed.rows)), _BATCH)
+    return np.concatenate([coder.encode(rows).numpy() for rows in batches])
+
+
+def _encode_and_decode(coder: Coder, feed: Feed) -> tuple[Codes, float]:
+    """Return codes, and the squared error a row of what they decode to."""
+    codes, error = [], 0.0
+    for rows in feed.batches(torch.arange(len(feed.rows)), _BATCH):
+        code = coder.encode(rows)
+        error += float((coder.decode(code) - rows).square().sum())
+        codes.append(code.numpy())
+    return np.concatenate(codes), error / len(feed.rows)

@@ -1,0 +1,174 @@
+"""What is fitted: one run is one data set, one model and one seed."""
+
+from collections.abc import Iterator
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Final
+
+import torch
+from safetensors.torch import load_file, save_file
+from torch import nn
+
+from benchmarks.quality.baselines import (
+    Baseline,
+    Coder,
+    DenseVae,
+    Pca,
+    TopK,
+    VscCoder,
+    fit_baseline,
+    make_layers,
+)
+from vsc_serve.errors import UsageError
+from vsc_training.config import Recipe, load_recipe
+from vsc_training.data import Examples
+from vsc_training.feed import Feed
+from vsc_training.fit import Trainer
+from vsc_training.model import VSC
+
+TAUS: Final = (0.5, 0.3, 0.2, 0.1, 0.05)
+"""Spike thresholds at which one fitted VSC is measured."""
+MODELS: Final = (
+    "vsc",
+    "vsc-paper",
+    "topk-8",
+    "topk-11",
+    "topk-16",
+    "vae",
+    "beta-vae",
+    "pca-8",
+    "pca-11",
+    "pca-16",
+)
+"""Models of the comparison; the number is the count of active latents."""
+CLAIM_MODELS: Final = ("vsc", "vsc-paper", "beta-vae")
+CLAIM_LATENTS: Final = (18, 36, 60, 100, 200)
+"""Latents J over which the paper says that bound and disentanglement of VSC stay flat."""
+
+_CLAIM_ACTIVE: Final = 10.0
+"""Active latents asked of the sparse recipe at every J: a fixed share would ask 0.9 of J = 18."""
+_BETA: Final = 4.0
+
+
+@dataclass(frozen=True, kw_only=True)
+class Run:
+    """One model to fit."""
+
+    data: str
+    """Name of the data set."""
+    model: str
+    """One of MODELS."""
+    seed: int
+    """Seed of weights, order and noise."""
+    steps: int
+    """Optimiser steps."""
+    latent_dim: int = 200
+    """Latents J."""
+    active: float | None = None
+    """Active latents asked for; None leaves the recipe's alpha. For VSC's sparse recipe."""
+
+    @property
+    def name(self) -> str:
+        """A name for files and messages."""
+        asked = "" if self.active is None else f"-active{self.active:g}"
+        return f"{self.data}-{self.model}-J{self.latent_dim}{asked}-{self.steps}-{self.seed}"
+
+    @property
+    def taus(self) -> tuple[float, ...]:
+        """Spike thresholds to measure: the whole front for `vsc` in the comparison."""
+        return TAUS if self.model == "vsc" and self.active is None else TAUS[:1]
+
+
+def comparison_runs(data: str, models: list[str], *, seeds: int, steps: int) -> Iterator[Run]:
+    """Yield the runs of the comparison on one data set, all models of a seed before the next."""
+    for seed in range(seeds):
+        for model in models:
+            if seed == 0 or not model.startswith("pca"):  # PCA has no seed
+                yield Run(data=data, model=model, seed=seed, steps=steps)
+
+
+def claim_runs(data: str, *, seeds: int, steps: int) -> Iterator[Run]:
+    """Yield the runs over J on one data set."""
+    for seed in range(seeds):
+        for latent_dim in CLAIM_LATENTS:
+            for model in CLAIM_MODELS:
+                run = Run(data=data, model=model, seed=seed, steps=steps, latent_dim=latent_dim)
+                yield replace(run, active=_CLAIM_ACTIVE) if model == "vsc" else run
+
+
+def recipe_of(run: Run) -> Recipe:
+    """Return the recipe of a run.
+
+    All models share layers, batch, steps and learning rate, those of the sparse recipe; so the
+    paper's recipe is its objective at a smaller size and a shorter run than the paper's.
+    """
+    sparse = load_recipe("sparse")
+    name = "paper" if run.model == "vsc-paper" else "sparse"
+    shared = [f"hidden={sparse.hidden}", f"batch_size={sparse.batch_size}"]
+    shared += [f"latent_dim={run.latent_dim}", f"steps={run.steps}", f"seed={run.seed}"]
+    own = ["validation_share=0.0", "on_collapse=warn"]
+    return load_recipe(name, shared + own, active=run.active)
+
+
+def fit_run(run: Run, examples: Examples, weights: Path | None) -> dict[str, Coder]:
+    """Fit a model, or read its weights where they were kept.
+
+    Args:
+        run: Which model.
+        examples: Training data.
+        weights: Folder for fitted weights; None keeps none.
+
+    Returns:
+        The views to measure: for VSC one for each tau, else one with the name "".
+    """
+    kind, _, number = run.model.partition("-")
+    if kind == "pca":
+        rows = Feed.of(examples.rows, torch.device("cpu"))
+        return {"": Pca(rows.take(torch.arange(len(examples.rows))), int(number))}
+    recipe = recipe_of(run)
+    if kind == "vsc":
+        model = _fit_vsc(recipe, examples, _file(run, weights))
+        return {f"tau {tau}": VscCoder(model, tau) for tau in run.taus}
+    layers = make_layers(recipe, examples)
+    baseline: DenseVae | TopK
+    if kind == "topk":
+        baseline = TopK(layers, int(number))
+    elif run.model in ("vae", "beta-vae"):
+        baseline = DenseVae(layers, beta=1.0 if run.model == "vae" else _BETA)
+    else:
+        raise UsageError(f"--models {run.model}: expected some of {', '.join(MODELS)}")
+    _fit_baseline(baseline, recipe, examples, _file(run, weights))
+    return {"": baseline}
+
+
+def _fit_vsc(recipe: Recipe, examples: Examples, kept: Path | None) -> VSC:
+    trainer = Trainer(recipe, examples, torch.device("cpu"))
+    if not _restore(trainer.model, kept):
+        while trainer.step < recipe.steps:
+            trainer.advance()
+        _keep(trainer.model, kept)
+    return trainer.model.eval()
+
+
+def _fit_baseline(model: Baseline, recipe: Recipe, examples: Examples, kept: Path | None) -> None:
+    if not _restore(model, kept):
+        fit_baseline(model, recipe, examples)
+        _keep(model, kept)
+    model.eval()
+
+
+def _file(run: Run, weights: Path | None) -> Path | None:
+    return weights / f"{run.name}.safetensors" if weights else None
+
+
+def _restore(model: nn.Module, kept: Path | None) -> bool:
+    if kept is None or not kept.is_file():
+        return False
+    model.load_state_dict(load_file(kept))
+    return True
+
+
+def _keep(model: nn.Module, kept: Path | None) -> None:
+    if kept is not None:
+        kept.parent.mkdir(parents=True, exist_ok=True)
+        save_file(model.state_dict(), kept)
