@@ -52,7 +52,7 @@ def kl_prior(q: Posterior, p: Posterior, weights: Tensor) -> Tensor:
     """KL divergence to the prior: sum_u w_u KL(q(z|x) || q(z|x_u)), without expanding the pairs.
 
     Every part of `kl_pairs` is a product of something of the image and something of the
-    pseudo-input, so the weighted sum over u is one matrix product of the weights with six stacked
+    pseudo-input, so the weighted sum over u is one matrix product of the weights with four stacked
     tables of the prior.
 
     Args:
@@ -65,21 +65,20 @@ def kl_prior(q: Posterior, p: Posterior, weights: Tensor) -> Tensor:
     """
     precision = torch.exp(-p.logvar)
     tables = (
-        p.logvar + p.mu.square() * precision,
-        precision,
+        0.5 * (p.logvar + p.mu.square() * precision) - p.spike_logit,
+        0.5 * precision,
         p.mu * precision,
-        F.logsigmoid(p.spike_logit),
-        F.logsigmoid(-p.spike_logit),
+        F.softplus(p.spike_logit),
     )
-    constant, precision, mean_precision, log_on, log_off = torch.split(
+    constant, half_precision, mean_precision, prior_log_off = torch.split(
         weights @ torch.cat(tables, dim=1), q.mu.shape[1], dim=1
     )
-    square = (q.logvar.exp() + q.mu.square()) * precision - 2.0 * q.mu * mean_precision
-    slab = 0.5 * (constant + square - q.logvar - 1.0)
-    on = slab + F.logsigmoid(q.spike_logit) - log_on
-    off = F.logsigmoid(-q.spike_logit) - log_off
-    gamma = torch.sigmoid(q.spike_logit)
-    return (gamma * on + (1.0 - gamma) * off).sum(1)
+    # KL(gamma || gamma_u) = gamma (l - l_u) + softplus(l_u) - softplus(l), since ln gamma is
+    # l - softplus(l) and ln (1 - gamma) is -softplus(l).
+    square = (q.logvar.exp() + q.mu.square()) * half_precision - q.mu * mean_precision
+    on = constant + square + q.spike_logit - 0.5 * (q.logvar + 1.0)
+    spread = prior_log_off - F.softplus(q.spike_logit)
+    return (torch.sigmoid(q.spike_logit) * on + spread).sum(1)
 
 
 def sharpen(prior: Posterior, sharpness: float) -> Posterior:
