@@ -18,7 +18,7 @@ from pathlib import Path
 
 from benchmarks.quality.data import read_sources
 from benchmarks.quality.figures import Result, fit_and_measure
-from benchmarks.quality.runs import MODELS, Run, claim_runs, comparison_runs
+from benchmarks.quality.runs import MODELS, Run, claim_runs, comparison_runs, recipe_digest
 from benchmarks.quality.tables import claim_table, comparison_table, front_table
 from vsc_serve.errors import UsageError, VscError
 
@@ -43,13 +43,14 @@ def main(arguments: Sequence[str] | None = None) -> int:
 
 
 def read_results(path: Path) -> dict[Run, list[Result]]:
-    """Read the results file: the results of each run that is done."""
+    """Read the results file: the results of each run that is done, with the recipe of today."""
     found: dict[Run, list[Result]] = {}
     lines = path.read_text(encoding="utf-8").splitlines() if path.is_file() else []
     for line in lines:
         result = json.loads(line)
         run = Run(**{name: result[name] for name in Run.__dataclass_fields__})
-        found.setdefault(run, []).append(result)
+        if result["recipe"] == recipe_digest(run):
+            found.setdefault(run, []).append(result)
     return found
 
 

@@ -16,7 +16,7 @@ from torch import Tensor
 
 from benchmarks.quality.baselines import Coder, DenseVae, VscCoder
 from benchmarks.quality.data import Dataset, load_dataset
-from benchmarks.quality.runs import Run, fit_run
+from benchmarks.quality.runs import Run, fit_run, recipe_digest
 from vsc_serve.analysis.features import ALWAYS_ON_SHARE, LIVE_SHARE
 from vsc_training.data import Examples
 from vsc_training.evaluation import bounds, disentanglement, probe, retrieval
@@ -87,7 +87,8 @@ def fit_and_measure(run: Run, source: str, weights: Path | None) -> list[Result]
     fit_cpu_s = round(time.process_time() - began, 1)
     return [
         asdict(run)
-        | {"view": view, "fit_cpu_s": fit_cpu_s, "torch": torch.__version__}
+        | {"recipe": recipe_digest(run), "view": view, "fit_cpu_s": fit_cpu_s}
+        | {"torch": torch.__version__}
         | {"figures": {name: round(value, 5) for name, value in measure(coder, dataset).items()}}
         for view, coder in views.items()
     ]

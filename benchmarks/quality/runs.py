@@ -1,5 +1,6 @@
 """What is fitted: one run is one data set, one model and one seed."""
 
+import hashlib
 from collections.abc import Iterator
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -110,6 +111,11 @@ def recipe_of(run: Run) -> Recipe:
     return load_recipe(name, shared + own, active=run.active)
 
 
+def recipe_digest(run: Run) -> str:
+    """Return a digest of the run's recipe: what another recipe gave is not its result."""
+    return hashlib.sha256(recipe_of(run).to_toml().encode()).hexdigest()[:8]
+
+
 def fit_run(run: Run, examples: Examples, weights: Path | None) -> dict[str, Coder]:
     """Fit a model, or read its weights where they were kept.
 
@@ -158,7 +164,7 @@ def _fit_baseline(model: Baseline, recipe: Recipe, examples: Examples, kept: Pat
 
 
 def _file(run: Run, weights: Path | None) -> Path | None:
-    return weights / f"{run.name}.safetensors" if weights else None
+    return weights / f"{run.name}-{recipe_digest(run)}.safetensors" if weights else None
 
 
 def _restore(model: nn.Module, kept: Path | None) -> bool:
