@@ -59,7 +59,7 @@ class Recipe:
     prior_sharpness: float = 10.0
     """Slope nu that keeps the prior's spike probabilities off 0 and 1."""
 
-    alpha: float = 0.055
+    alpha: float = 0.05
     """Share of active latents that is asked for, above 0 and below 1."""
     beta: float = 0.25
     """Weight of the KL divergence to the prior."""
