@@ -20,6 +20,7 @@ from vsc_serve.errors import Interrupted, UsageError, VscError
 
 if TYPE_CHECKING:
     from vsc_serve.codes import CodeFile, Codes
+    from vsc_serve.encoder import Encoder
     from vsc_serve.pipeline import Encoded
 
 app = typer.Typer(
@@ -55,7 +56,9 @@ def _version(
 
 @app.command()
 def encode(
-    inputs: Annotated[list[Path], typer.Argument(help="Folders and image files.")],
+    inputs: Annotated[
+        list[Path], typer.Argument(help="Folders and image files; or one .npy or .npz.")
+    ],
     out: Annotated[Path, typer.Option(help="File to write, codes.npz.")],
     *,
     model: ModelOption = None,
@@ -70,6 +73,7 @@ def encode(
     as_json: JsonOption = False,
 ) -> None:
     """Encode images into a file of sparse codes."""
+    from vsc_serve.arrays import SUFFIXES
     from vsc_serve.atomic import refuse_existing
     from vsc_serve.codes import write_codes
     from vsc_serve.encoder import Encoder
@@ -84,15 +88,19 @@ def encode(
         "model",
         f"{path}  {encoder.manifest.name}, J={encoder.manifest.latent_dim}, {encoder.engine}",
     )
-    sources = find_images(inputs)
-    with progress("encode", len(sources), "images") as shown:
-        encoded = encode_files(encoder, sources, tau=tau, report=shown)
+    if any(given.suffix in SUFFIXES for given in inputs):
+        encoded = _encode_array(encoder, inputs, tau)
+    else:
+        sources = find_images(inputs)
+        with progress("encode", len(sources), "images") as shown:
+            encoded = encode_files(encoder, sources, tau=tau, report=shown)
     errors = errors_path(out)
     write_bad_images(errors, encoded.bad)
     require_rows(encoded)
     if strict and encoded.bad:
         raise InputError(
-            f"--strict: {len(encoded.bad)} of {len(sources)} files cannot be read, see {errors}."
+            f"--strict: {len(encoded.bad)} of {len(encoded.bad) + len(encoded.ids)} files cannot be"
+            f" read, see {errors}."
             " No codes were written."
         )
     write_codes(out, encoded.codes, encoded.ids, encoder.provenance(tau=tau))
@@ -334,6 +342,22 @@ def _warn_other_model(stored: "CodeFile", digest: str, bundle: Path) -> None:
             f" is {digest}."
             " Codes of two models cannot be compared: give the --model that made them."
         )
+
+
+def _encode_array(encoder: "Encoder", inputs: list[Path], tau: float | None) -> "Encoded":
+    """Encode one numpy file. Its rows have numbers for ids, so it cannot join other inputs."""
+    from vsc_serve.arrays import read_rows
+    from vsc_serve.pipeline import encode_array
+
+    if len(inputs) > 1:
+        raise UsageError("an .npy or .npz file is encoded by itself: give no other input with it")
+    if not inputs[0].is_file():
+        raise UsageError(f"{inputs[0]}: no such file. Check the path.")
+    source = read_rows(inputs[0])
+    if not source.ids:
+        raise UsageError(f"{inputs[0]}: holds no rows. Nothing was written.")
+    with progress("encode", len(source.ids), "rows") as shown:
+        return encode_array(encoder, source, tau=tau, report=shown)
 
 
 def _encoded_figures(out: Path, encoded: "Encoded") -> dict[str, Any]:

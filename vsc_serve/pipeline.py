@@ -16,6 +16,7 @@ from typing import Final, NamedTuple
 import numpy as np
 from numpy.typing import NDArray
 
+from vsc_serve.arrays import ArrayRows
 from vsc_serve.atomic import atomic_file
 from vsc_serve.codes import Codes, stack_codes
 from vsc_serve.console import Progress
@@ -24,6 +25,8 @@ from vsc_serve.errors import InputError
 from vsc_serve.images import BadImage, ImageSource, read_images
 from vsc_serve.preprocess import PixelSpec
 
+_ARRAY_BLOCK: Final = 4096
+"""Rows of a numpy file that are in memory at a time."""
 CHUNK: Final = 256
 """Images read and encoded together."""
 _CHUNKS_AHEAD: Final = 2
@@ -105,6 +108,37 @@ def encode_files(
     codes = stack_codes(parts, encoder.manifest.latent_dim)
     timings.total_s = time.perf_counter() - began
     return Encoded(codes, ids, bad, timings)
+
+
+def encode_array(
+    encoder: Encoder, source: ArrayRows, *, tau: float | None = None, report: Progress | None = None
+) -> Encoded:
+    """Encode the rows of a numpy file, block by block.
+
+    Args:
+        encoder: The model.
+        source: Pixels or vectors, with ids.
+        tau: Spike threshold in place of the model's own.
+        report: Told how many rows are done.
+
+    Raises:
+        InputError: Rows of another kind or shape than the model takes, or not finite.
+    """
+    timings = Timings()
+    parts: list[Codes] = []
+    began = time.perf_counter()
+    for start in range(0, len(source.rows), _ARRAY_BLOCK):
+        read_began = time.perf_counter()
+        block = np.ascontiguousarray(source.rows[start : start + _ARRAY_BLOCK])
+        encode_began = time.perf_counter()
+        parts.append(encoder.encode(block, tau=tau))
+        timings.read_s += encode_began - read_began
+        timings.encode_s += time.perf_counter() - encode_began
+        if report is not None:
+            report.update(start + len(block))
+    timings.total_s = time.perf_counter() - began
+    codes = stack_codes(parts, encoder.manifest.latent_dim)
+    return Encoded(codes, source.ids, [], timings)
 
 
 def write_bad_images(path: Path, bad: Sequence[BadImage]) -> None:

@@ -283,6 +283,41 @@ def test_decode_writes_reconstructions_and_a_sheet(
     assert_fails(bad_rows, 2, "no such rows; there are 200")
 
 
+@pytest.mark.slow
+def test_embeddings_go_the_same_way_as_pictures(tmp_path: Path) -> None:
+    rng = np.random.default_rng(0)
+    centers = 4 * rng.normal(size=(5, 12))
+    kinds = rng.integers(0, 5, 400)
+    vectors = (centers[kinds] + 0.3 * rng.normal(size=(400, 12))).astype(np.float32)
+    np.save(tmp_path / "embeddings.npy", vectors)
+    fields = ["latent_dim=24", "hidden=32", "pseudo_inputs=8", "batch_size=32", "steps=800"]
+    sets = [
+        part
+        for field in [*fields, "alpha=0.2", "beta=0.1", "learning_rate=0.005"]
+        for part in ("--set", field)
+    ]
+    trained = vsc("train", "embeddings.npy", "--out", "run", *sets, "--threads", 1, cwd=tmp_path)
+    assert trained.code == 0, trained.err
+    assert vsc("export", "run", "--out", "model", cwd=tmp_path).code == 0
+    encoded = vsc("encode", "embeddings.npy", "--out", "codes.npz", cwd=tmp_path)
+    assert encoded.code == 0, encoded.err
+    stored = read_codes(tmp_path / "codes.npz")
+    assert stored.ids == [str(number) for number in range(400)]
+    found = vsc("search", "codes.npz", "--like", "7", "--top", 10, "--json", cwd=tmp_path)
+    hits = [int(hit["id"]) for hit in json.loads(found.out)["hits"]]
+    assert hits[0] == 7
+    assert (kinds[hits] == kinds[7]).mean() > 0.8
+    np.savez(tmp_path / "named.npz", vectors=vectors[:3], ids=["a", "b", "ü"])
+    assert vsc("encode", "named.npz", "--out", "named-codes.npz", cwd=tmp_path).code == 0
+    assert read_codes(tmp_path / "named-codes.npz").ids == ["a", "b", "ü"]
+    np.save(tmp_path / "wide.npy", vectors[:, :5])
+    wrong = vsc("encode", "wide.npy", "--out", "x.npz", cwd=tmp_path)
+    assert_fails(wrong, 3, r"takes float32 of shape \(rows, 12\)")
+    both = vsc("encode", "wide.npy", "embeddings.npy", "--out", "x.npz", cwd=tmp_path)
+    assert_fails(both, 2, "by itself")
+    assert not (tmp_path / "x.npz").exists()
+
+
 def test_info_knows_runs_bundles_and_codes(
     codes_file: Path, tiny_run: Path, tiny_bundle: Path, tmp_path: Path
 ) -> None:

@@ -7,7 +7,6 @@ lie on both sides.
 
 import hashlib
 import logging
-import zipfile
 from collections import Counter
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -18,6 +17,7 @@ import numpy as np
 from numpy.typing import NDArray
 from PIL import UnidentifiedImageError
 
+from vsc_serve.arrays import SUFFIXES, read_rows
 from vsc_serve.errors import InputError, UsageError
 from vsc_serve.images import BadImage, ImageSource, find_images, is_junk, open_image, read_images
 from vsc_serve.preprocess import PixelSpec
@@ -32,9 +32,6 @@ _LARGEST_NATURAL_SIDE: Final = 64
 _SIDE_STEP: Final = 8
 """Sides are cut to a multiple of this, so that convolutions can halve them."""
 _GREY_MODES: Final = frozenset({"1", "L", "LA", "La", "I;16", "I;16B", "I;16L", "I;16N"})
-_IMAGE_KEYS: Final = ("images", "train_x", "x")
-_VECTOR_KEYS: Final = ("vectors", "embeddings")
-_LABEL_KEYS: Final = ("labels", "train_y", "y")
 
 
 @dataclass(frozen=True)
@@ -88,7 +85,7 @@ def load_examples(path: Path, *, size: int | None = None) -> Examples:
     """
     if path.is_dir():
         examples = _load_folder(path, size)
-    elif path.suffix in (".npz", ".npy") and path.is_file():
+    elif path.suffix in SUFFIXES and path.is_file():
         if size is not None:
             raise UsageError(
                 "--size is for folders of pictures; the pixels of a file stay as they are"
@@ -170,53 +167,11 @@ def _refuse_empty_class(folder: Path, ids: Sequence[str]) -> None:
 
 
 def _load_file(path: Path) -> Examples:
-    arrays = _read_arrays(path)
-    name, rows = _pick_rows(path, arrays)
-    labels = next((arrays[key] for key in _LABEL_KEYS if key in arrays and key != name), None)
-    if labels is not None and labels.shape != (len(rows),):
-        raise InputError(f"{path}: {len(rows)} rows but labels of shape {labels.shape}.")
-    ids = [str(number) for number in range(len(rows))]
-    integers = None if labels is None else labels.astype(np.int64)
+    rows, ids, labels = read_rows(path)
     if rows.ndim == 2:
-        return Examples(
-            rows.astype(np.float32, copy=False), ids, DataSpec(input_dim=rows.shape[1]), integers
-        )
-    images = rows if rows.ndim == 4 else rows[..., None]
-    spec = PixelSpec(height=images.shape[1], width=images.shape[2], channels=images.shape[3])
-    return Examples(images, ids, DataSpec(pixel_spec=spec), integers)
-
-
-def _read_arrays(path: Path) -> dict[str, NDArray[Any]]:
-    """Read an npz, or map an npy (which may be larger than memory)."""
-    try:
-        if path.suffix == ".npy":
-            return {"array": np.load(path, mmap_mode="r", allow_pickle=False)}
-        with np.load(path, allow_pickle=False) as stored:
-            return {name: stored[name] for name in stored.files}
-    except (OSError, ValueError, EOFError, zipfile.BadZipFile) as error:
-        raise InputError(f"{path}: not readable as numpy data ({error}).") from error
-
-
-def _pick_rows(path: Path, arrays: dict[str, NDArray[Any]]) -> tuple[str, NDArray[Any]]:
-    """Choose the array to train on: a known name, or the only one that fits."""
-    known = [name for name in _IMAGE_KEYS + _VECTOR_KEYS if name in arrays]
-    fitting = [name for name, array in arrays.items() if _is_rows(array)]
-    chosen = known[:1] or (fitting if len(fitting) == 1 else [])
-    if not chosen or not _is_rows(arrays[chosen[0]]):
-        found = ", ".join(f"{name} {array.dtype} {array.shape}" for name, array in arrays.items())
-        raise InputError(
-            f"{path}: expected uint8 images (count, height, width[, 1 or 3]) or float vectors"
-            f" (count, dimensions), under a name such as {_IMAGE_KEYS[0]} or {_VECTOR_KEYS[0]};"
-            f" found {found}."
-        )
-    return chosen[0], arrays[chosen[0]]
-
-
-def _is_rows(array: NDArray[Any]) -> bool:
-    is_images = array.dtype == np.uint8 and (
-        array.ndim == 3 or (array.ndim == 4 and array.shape[3] in (1, 3))
-    )
-    return is_images or (array.dtype.kind == "f" and array.ndim == 2)
+        return Examples(rows, ids, DataSpec(input_dim=rows.shape[1]), labels)
+    spec = PixelSpec(height=rows.shape[1], width=rows.shape[2], channels=rows.shape[3])
+    return Examples(rows, ids, DataSpec(pixel_spec=spec), labels)
 
 
 def _check_rows(path: Path, rows: NDArray[Any]) -> None:
