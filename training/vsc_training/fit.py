@@ -96,9 +96,7 @@ class Trainer:
         is_late = self.step >= self.recipe.learning_rate_drop_at * self.recipe.steps
         for group in self.optimizer.param_groups:
             group["lr"] = self.recipe.learning_rate * (0.1 if is_late else 1.0)
-        # Once the steps are small, what bfloat16 rounds away is what they would have changed.
-        half = self.half and not (is_late and self.recipe.precision == "auto")
-        terms: Terms = self._objective(examples, self.step, self.generator, half=half)
+        terms: Terms = self._objective(examples, self.step, self.generator, half=self.half)
         self.optimizer.zero_grad(set_to_none=True)
         terms.loss.backward()
         self.optimizer.step()
