@@ -143,7 +143,7 @@ def codes_to_bytes(codes: Codes, ids: Sequence[str], meta: dict[str, Any]) -> by
     return buffer.getvalue()
 
 
-def write_codes(path: Path, codes: Codes, ids: Sequence[str], meta: dict[str, Any]) -> None:
+def write_codes(path: Path | str, codes: Codes, ids: Sequence[str], meta: dict[str, Any]) -> None:
     """Write a `codes.npz`, whole or not at all. The same codes give the same bytes.
 
     Args:
@@ -155,11 +155,11 @@ def write_codes(path: Path, codes: Codes, ids: Sequence[str], meta: dict[str, An
     Raises:
         InputError: The file cannot be written.
     """
-    with atomic_file(path) as file:
+    with atomic_file(Path(path)) as file:
         _write(file, codes, ids, meta)
 
 
-def read_codes(path: Path) -> CodeFile:
+def read_codes(path: Path | str) -> CodeFile:
     """Read a `codes.npz`.
 
     Returns:
@@ -168,6 +168,7 @@ def read_codes(path: Path) -> CodeFile:
     Raises:
         InputError: The file is missing, not a codes file, damaged, or of a newer format.
     """
+    path = Path(path)
     try:
         with path.open("rb") as file, np.load(file, allow_pickle=False) as stored:
             arrays = {name: stored[name] for name in stored.files}

@@ -315,3 +315,9 @@ def test_a_damaged_file_is_read_or_refused_and_nothing_else(code_path, data):
     except InputError:
         return
     assert len(found.ids) == found.codes.shape[0]
+
+
+def test_paths_may_be_text(tmp_path):
+    codes = dense_to_csr(np.array([[0.0, 1.5]], np.float32))
+    write_codes(str(tmp_path / "codes.npz"), codes, ["a"], {})
+    assert read_codes(str(tmp_path / "codes.npz")).codes.toarray().tolist() == [[0.0, 1.5]]
