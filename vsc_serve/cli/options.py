@@ -1,0 +1,61 @@
+"""Options that several commands share, and what they mean."""
+
+import os
+import sys
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any, Final
+
+import typer
+
+from vsc_serve.errors import BundleError, UsageError
+
+if TYPE_CHECKING:
+    from vsc_serve.codes import CodeFile
+
+_DEFAULT_MODEL: Final = Path("model")
+_DEVICES: Final = ("auto", "cpu", "cuda")
+
+ModelOption = Annotated[
+    Path | None, typer.Option(help="Bundle to use (default: $VSC_MODEL, else ./model).")
+]
+DeviceOption = Annotated[str, typer.Option(help="auto, cpu or cuda.")]
+JsonOption = Annotated[bool, typer.Option("--json", help="Print JSON to stdout.")]
+ForceOption = Annotated[bool, typer.Option("--force", help="Replace the output.")]
+
+
+def find_model(given: Path | None) -> Path:
+    """Return the bundle to use: as given, else $VSC_MODEL, else ./model."""
+    if given is not None:
+        return given
+    named = os.environ.get("VSC_MODEL")
+    if named:
+        return Path(named)
+    if _DEFAULT_MODEL.is_dir():
+        return _DEFAULT_MODEL
+    raise BundleError(
+        "no model: give --model DIR, set VSC_MODEL, or make ./model with `vsc train` and `vsc"
+        " export`"
+    )
+
+
+def check_device(choice: str) -> Any:
+    """Return the choice when it is a device's name. Raises UsageError."""
+    if choice not in _DEVICES:
+        raise UsageError(f"--device must be one of {', '.join(_DEVICES)}, not {choice}")
+    return choice
+
+
+def print_text(text: str) -> None:
+    """Print to stdout; file names that are not valid text are escaped, not fatal."""
+    sys.stdout.write(text.encode("utf-8", "backslashreplace").decode("utf-8") + "\n")
+
+
+def refuse_other_model(stored: "CodeFile", digest: str, bundle: Path) -> None:
+    """Raise UsageError when codes were made by another model than the bundle with this digest."""
+    made_by = stored.meta.get("model_digest")
+    if made_by is not None and made_by != digest:
+        raise UsageError(
+            f"the codes were made by model {stored.meta.get('model')} ({made_by}), but {bundle}"
+            f" is {digest}."
+            " Codes of two models cannot be compared: give the --model that made them."
+        )
