@@ -48,7 +48,7 @@ def read_results(path: Path) -> dict[Run, list[Result]]:
     lines = path.read_text(encoding="utf-8").splitlines() if path.is_file() else []
     for line in lines:
         result = json.loads(line)
-        run = Run(**{name: result[name] for name in Run.__dataclass_fields__})
+        run = Run(**{name: result[name] for name in Run.__dataclass_fields__ if name in result})
         if result["recipe"] == recipe_digest(run):
             found.setdefault(run, []).append(result)
     return found
@@ -57,7 +57,9 @@ def read_results(path: Path) -> dict[Run, list[Result]]:
 def _runs(given: argparse.Namespace, data: str) -> Iterator[Run]:
     if given.claim:
         return claim_runs(data, seeds=given.seeds, steps=given.steps)
-    return comparison_runs(data, given.models, seeds=given.seeds, steps=given.steps)
+    return comparison_runs(
+        data, given.models, seeds=given.seeds, steps=given.steps, rows=given.rows
+    )
 
 
 def _do(work: Sequence[tuple[Run, str]], out: Path, weights: Path | None, workers: int) -> None:
@@ -100,6 +102,7 @@ def _parser() -> argparse.ArgumentParser:
     add("--models", type=_models, default=list(MODELS), help="some of the models, with commas")
     add("--seeds", type=int, default=3, help="seeds 0, 1, ... (default 3)")
     add("--steps", type=int, default=5000, help="optimiser steps (default 5000)")
+    add("--rows", choices=("drawn", "first"), default="drawn", help="rows that are measured")
     add("--claim", action="store_true", help="bound and disentanglement over the latents J")
     add("--out", type=Path, default=Path("results.jsonl"), help="results, appended to")
     add("--weights", type=Path, help="folder to keep fitted weights in, to measure them again")

@@ -16,7 +16,7 @@ from torch import Tensor
 
 from benchmarks.quality.baselines import Coder, DenseVae, VscCoder
 from benchmarks.quality.data import Dataset, load_dataset
-from benchmarks.quality.runs import Run, fit_run, recipe_digest
+from benchmarks.quality.runs import Rows, Run, fit_run, recipe_digest
 from vsc_serve.analysis.features import ALWAYS_ON_SHARE, LIVE_SHARE
 from vsc_training.data import Examples
 from vsc_training.evaluation import bounds, disentanglement, probe, retrieval
@@ -38,7 +38,7 @@ Result = dict[str, Any]
 """A run, a view of it, and its figures."""
 
 
-def measure(coder: Coder, dataset: Dataset) -> Figures:
+def measure(coder: Coder, dataset: Dataset, rows: Rows = "drawn") -> Figures:
     """Return every figure that the data set allows.
 
     Labels give neighbours and probe, factors give disentanglement, a likelihood gives the bound.
@@ -46,8 +46,9 @@ def measure(coder: Coder, dataset: Dataset) -> Figures:
     Args:
         coder: The fitted model.
         dataset: The data set.
+        rows: Which of its rows.
     """
-    known, asked = (choose_rows(part) for part in (dataset.train, dataset.test))
+    known, asked = (choose_rows(part, rows) for part in (dataset.train, dataset.test))
     reference_rows = Feed.of(dataset.train.rows[known], torch.device("cpu"))
     test_rows = Feed.of(dataset.test.rows[asked], torch.device("cpu"))
     with torch.no_grad():
@@ -64,11 +65,14 @@ def measure(coder: Coder, dataset: Dataset) -> Figures:
     return figures
 
 
-def choose_rows(examples: Examples) -> NDArray[np.int64]:
+def choose_rows(examples: Examples, rows: Rows = "drawn") -> NDArray[np.int64]:
     """Return the numbers of up to 10,000 rows, the same in every call.
 
-    By chance, because folders of pictures come in the order of their classes.
+    Drawn by chance unless the first are asked for: folders of pictures come in the order of their
+    classes.
     """
+    if rows == "first":
+        return np.arange(min(MEASURED_ROWS, len(examples.rows)))
     return np.random.default_rng(0).permutation(len(examples.rows))[:MEASURED_ROWS]
 
 
@@ -89,7 +93,11 @@ def fit_and_measure(run: Run, source: str, weights: Path | None) -> list[Result]
         asdict(run)
         | {"recipe": recipe_digest(run), "view": view, "fit_cpu_s": fit_cpu_s}
         | {"torch": torch.__version__}
-        | {"figures": {name: round(value, 5) for name, value in measure(coder, dataset).items()}}
+        | {
+            "figures": {
+                name: round(value, 5) for name, value in measure(coder, dataset, run.rows).items()
+            }
+        }
         for view, coder in views.items()
     ]
 

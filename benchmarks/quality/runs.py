@@ -4,7 +4,7 @@ import hashlib
 from collections.abc import Iterator
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Final
+from typing import Final, Literal
 
 import torch
 from safetensors.torch import load_file, save_file
@@ -51,6 +51,9 @@ _CLAIM_ACTIVE: Final = 10.0
 _BETA: Final = 4.0
 
 
+Rows = Literal["drawn", "first"]
+
+
 @dataclass(frozen=True, kw_only=True)
 class Run:
     """One model to fit."""
@@ -67,6 +70,8 @@ class Run:
     """Latents J."""
     active: float | None = None
     """Active latents asked for; None leaves the recipe's alpha. For VSC's sparse recipe."""
+    rows: Rows = "drawn"
+    """Which rows are measured: drawn by chance, or the first ones in the order of the data."""
 
     @property
     def name(self) -> str:
@@ -80,12 +85,14 @@ class Run:
         return TAUS if self.model == "vsc" and self.active is None else TAUS[:1]
 
 
-def comparison_runs(data: str, models: list[str], *, seeds: int, steps: int) -> Iterator[Run]:
+def comparison_runs(
+    data: str, models: list[str], *, seeds: int, steps: int, rows: Rows = "drawn"
+) -> Iterator[Run]:
     """Yield the runs of the comparison on one data set, all models of a seed before the next."""
     for seed in range(seeds):
         for model in models:
             if seed == 0 or not model.startswith("pca"):  # PCA has no seed
-                yield Run(data=data, model=model, seed=seed, steps=steps)
+                yield Run(data=data, model=model, seed=seed, steps=steps, rows=rows)
 
 
 def claim_runs(data: str, *, seeds: int, steps: int) -> Iterator[Run]:
@@ -106,6 +113,7 @@ def recipe_of(run: Run) -> Recipe:
     sparse = load_recipe("sparse")
     name = "paper" if run.model == "vsc-paper" else "sparse"
     shared = [f"hidden={sparse.hidden}", f"batch_size={sparse.batch_size}"]
+    shared += [f"learning_rate={sparse.learning_rate}"]
     shared += [f"latent_dim={run.latent_dim}", f"steps={run.steps}", f"seed={run.seed}"]
     own = ["validation_share=0.0", "on_collapse=warn"]
     return load_recipe(name, shared + own, active=run.active)

@@ -81,7 +81,7 @@ class Recipe:
     """Optimiser steps."""
     batch_size: int = 128
     """Images per step."""
-    learning_rate: float = 1e-3
+    learning_rate: float = 1.5e-3
     """Step size of Adam."""
     learning_rate_drop_at: float = 0.8
     """Share of the steps after which the learning rate is a tenth."""

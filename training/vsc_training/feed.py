@@ -27,7 +27,7 @@ class Feed:
     def take(self, numbers: Tensor) -> Tensor:
         """Return rows as float32, images in [0, 1]."""
         if isinstance(self.rows, Tensor):
-            taken = self.rows[numbers.to(self.device)]
+            taken = self.rows.index_select(0, numbers.to(self.device))
         else:
             taken = torch.from_numpy(self.rows[numbers.numpy()]).to(self.device)
         return taken.float() / 255.0 if taken.dtype == torch.uint8 else taken.float()

@@ -207,8 +207,9 @@ def fit(
             terms = trainer.advance()
             step = trainer.step
             if log and (step % every_log == 0 or step == recipe.steps):
-                log.add(step, terms, warmup_factor(step - 1, recipe))
-                report(step, f"loss {float(terms.loss):.1f}  active {float(terms.active):.1f}")
+                figures = terms.figures()
+                log.add(step, figures, warmup_factor(step - 1, recipe))
+                report(step, f"loss {figures['loss']:.1f}  active {figures['active']:.1f}")
             if step % every_check == 0 or step == recipe.steps:
                 health = trainer.check()
                 checkpoint = trainer.checkpoint(examples, name, fingerprint, health)

@@ -5,6 +5,7 @@ from math import prod
 from typing import Final, Literal
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor, nn
 
 from vsc_serve.preprocess import PixelSpec
@@ -87,6 +88,14 @@ class VSC(nn.Module):
             self._encode_scaled(self._scaled_pseudo_inputs()), self.recipe.prior_sharpness
         )
 
+    def encode_with_prior(self, examples: Tensor) -> tuple[Posterior, Posterior]:
+        """Return `encode(examples)` and `prior()`, with one pass through the heads for both."""
+        parts = (self._scaled(examples), self._scaled_pseudo_inputs())
+        # Not one pass through the layers as well: that would take the gradient of every pixel.
+        both = self._heads(torch.cat([self.encoder(part) for part in parts]))
+        q, prior = zip(*(part.tensor_split((len(examples),)) for part in both), strict=True)
+        return Posterior(*q), sharpen(Posterior(*prior), self.recipe.prior_sharpness)
+
     def weights(self, examples: Tensor) -> Tensor:
         """Return the classifier's weights, shape (images, pseudo-inputs); rows sum to 1."""
         scores = self.classifier(self._scaled(examples).flatten(1)).float()
@@ -147,16 +156,20 @@ class VSC(nn.Module):
         self.spike_head.bias.fill_(float(torch.logit(torch.tensor(share, dtype=torch.float64))))
 
     def _encode_scaled(self, scaled: Tensor) -> Posterior:
-        hidden = self.encoder(scaled)
+        return self._heads(self.encoder(scaled))
+
+    def _heads(self, hidden: Tensor) -> Posterior:
+        """Return what the last layers say, shape (rows, hidden) to (rows, latents), in float32."""
         mu, logvar = self.slab_head(hidden).float().chunk(2, dim=1)
         with torch.autocast(hidden.device.type, enabled=False):
             # bfloat16 logits would flip one spike in 500 against the float32 model that is
             # exported.
             spike_logit = self.spike_head(hidden.float())
+        # hardtanh is clamp with a cheaper gradient.
         return Posterior(
-            spike_logit.clamp(-SPIKE_LOGIT_LIMIT, SPIKE_LOGIT_LIMIT),
+            F.hardtanh(spike_logit, -SPIKE_LOGIT_LIMIT, SPIKE_LOGIT_LIMIT),
             mu,
-            logvar.clamp(*LOGVAR_RANGE),
+            F.hardtanh(logvar, *LOGVAR_RANGE),
         )
 
     def _scaled(self, examples: Tensor) -> Tensor:

@@ -7,7 +7,7 @@ Coding", UAI 2019 (and its supplement, sections A to C). What training minimises
 """
 
 import math
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 import torch.nn.functional as F
@@ -167,8 +167,25 @@ def bernoulli_nll(logits: Tensor, pixels: Tensor) -> Tensor:
     Returns:
         Shape (images,).
     """
-    losses = F.binary_cross_entropy_with_logits(logits, pixels, reduction="none")
+    losses: Tensor = _BernoulliLoss.apply(logits, pixels)
     return losses.flatten(1).sum(1)
+
+
+class _BernoulliLoss(torch.autograd.Function):
+    """softplus(logit) - pixel logit, with the gradient in one step: sigmoid(logit) - pixel.
+
+    torch's own loss takes three times as long, and this is the largest tensor of a training step.
+    """
+
+    @staticmethod
+    def forward(ctx: Any, logits: Tensor, pixels: Tensor) -> Tensor:
+        ctx.save_for_backward(logits, pixels)
+        return F.softplus(logits).addcmul_(logits, pixels, value=-1.0)
+
+    @staticmethod
+    def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor, None]:
+        logits, pixels = ctx.saved_tensors
+        return torch.sigmoid(logits).sub_(pixels).mul_(gradient), None
 
 
 def gaussian_nll(mean: Tensor, logvar: Tensor, target: Tensor) -> Tensor:

@@ -7,7 +7,6 @@ from typing import Any
 
 from vsc_training.checkpoint import LOG
 from vsc_training.metrics import Health
-from vsc_training.step import Terms
 
 
 class RunLog:
@@ -31,12 +30,11 @@ class RunLog:
         self._file.close()
         self._board.close()
 
-    def add(self, step: int, terms: Terms, lam: float) -> None:
+    def add(self, step: int, terms: dict[str, float], lam: float) -> None:
         """Write the terms of one step."""
         began, start_step = self._start
         rate = (step - start_step) / max(time.monotonic() - began, 1e-9)
-        figures = {name: float(value) for name, value in terms._asdict().items()}
-        figures["elbo_paper"] = -figures["reconstruction"] - figures["kl"]
+        figures = terms | {"elbo_paper": -terms["reconstruction"] - terms["kl"]}
         self._write(step, "train", figures | {"lam": lam, "steps_per_s": round(rate, 2)})
 
     def add_health(self, step: int, health: Health) -> None:

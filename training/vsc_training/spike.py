@@ -5,7 +5,7 @@ that is reported uses `hard_spike`: a relaxed mask leaks continuous information,
 none.
 """
 
-from typing import Final
+from typing import Any, Final
 
 import torch
 import torch.nn.functional as F
@@ -36,9 +36,20 @@ def straight_through_spike(spike_logit: Tensor, uniform: Tensor) -> Tensor:
         spike_logit: Log-odds of the spike, shape (images, latents).
         uniform: Uniform noise in [0, 1), same shape.
     """
-    gamma = torch.sigmoid(spike_logit)
-    hard = (uniform < gamma).to(gamma.dtype)
-    return hard + (gamma - gamma.detach())
+    spikes: Tensor = _StraightThrough.apply(torch.sigmoid(spike_logit), uniform)
+    return spikes
+
+
+class _StraightThrough(torch.autograd.Function):
+    """1 where the noise lies below gamma; the gradient passes to gamma as it comes."""
+
+    @staticmethod
+    def forward(_ctx: Any, gamma: Tensor, uniform: Tensor) -> Tensor:
+        return (uniform < gamma).to(gamma.dtype)
+
+    @staticmethod
+    def backward(_ctx: Any, gradient: Tensor) -> tuple[Tensor, None]:
+        return gradient, None
 
 
 def relaxed_spike(spike_logit: Tensor, uniform: Tensor, sharpness: float) -> Tensor:

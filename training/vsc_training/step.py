@@ -20,7 +20,7 @@ from vsc_training.warmup import draw_slab, warmup_factor
 
 
 class Terms(NamedTuple):
-    """The objective and its terms, in nats per image; scalars."""
+    """The objective and its terms, scalars in nats per image, and what figures are taken from."""
 
     loss: Tensor
     """What is minimised."""
@@ -28,14 +28,30 @@ class Terms(NamedTuple):
     """Negative log-likelihood of the training draw."""
     kl: Tensor
     """KL divergence to the prior."""
-    selection: Tensor
-    """Cost of choosing the pseudo-input by the image."""
     sparsity: Tensor
     """Sparsity term, before its weight."""
     balance: Tensor
     """Balance term, before its weight."""
-    active: Tensor
-    """Latents per image whose spike is more likely on than off."""
+    spike_logit: Tensor
+    """Log-odds of the spikes, shape (images, latents)."""
+    weights: Tensor
+    """Classifier weights, shape (images, pseudo-inputs)."""
+
+    def figures(self) -> dict[str, float]:
+        """Return the scalars, with what is measured only for those who look.
+
+        `selection` is the cost of choosing the pseudo-input by the image; `active` counts the
+        latents per image whose spike is more likely on than off.
+        """
+        return {
+            "loss": float(self.loss),
+            "reconstruction": float(self.reconstruction),
+            "kl": float(self.kl),
+            "selection": float(selection_cost(self.weights).mean()),
+            "sparsity": float(self.sparsity),
+            "balance": float(self.balance),
+            "active": float((self.spike_logit > 0).float().sum(1).mean()),
+        }
 
 
 def objective_terms(
@@ -56,8 +72,7 @@ def objective_terms(
     recipe = model.recipe
     lam = warmup_factor(step, recipe)
     with autocast(examples.device, half=half):
-        q = model.encode(examples)
-        prior = model.prior()
+        q, prior = model.encode_with_prior(examples)
         weights = model.weights(examples)
     uniform = torch.rand(q.mu.shape, generator=generator, device=examples.device)
     noise = torch.randn(q.mu.shape, generator=generator, device=examples.device)
@@ -78,10 +93,7 @@ def objective_terms(
         + recipe.sparsity_weight * sparsity
         + recipe.balance_weight * balance_term
     )
-    with torch.no_grad():
-        active = (q.spike_logit > 0).float().sum(1).mean()
-        selection = selection_cost(weights).mean()
-    return Terms(loss, reconstruction, kl, selection, sparsity, balance_term, active)
+    return Terms(loss, reconstruction, kl, sparsity, balance_term, q.spike_logit, weights)
 
 
 class Objective(nn.Module):

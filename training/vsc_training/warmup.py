@@ -58,4 +58,6 @@ def draw_slab(
         lam: Warm-up factor in [0, 1].
         interpolation: See `slab_deviation`.
     """
-    return lam * mu + noise * slab_deviation(logvar, lam, interpolation)
+    return torch.addcmul(
+        lam * mu if lam < 1.0 else mu, noise, slab_deviation(logvar, lam, interpolation)
+    )
