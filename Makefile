@@ -1,17 +1,18 @@
 # Two commands need nothing but Python 3.11 to 3.13, pip and make:
 #
 #   make demo     install into .venv, then train, export, encode and search on made-up pictures
-#   make test     install into .venv, then run the tests
+#   make test     the same with what the tests need, then run them
 #
 #   make demo PYTHON=python3.12                      another Python
-#   make demo EXTRAS=gpu,export,serve,dev            on an NVIDIA machine (after `make clean`)
+#   make demo EXTRAS=gpu,export,serve                on an NVIDIA machine (after `make clean`)
 #   make test ARGS='-k codes'                        arguments for pytest (or for `vsc demo`)
 
 PYTHON = python3
 VENV = .venv
 BIN = $(VENV)/bin
-EXTRAS = cpu,export,serve,dev
+EXTRAS = cpu,export,serve,fast
 ARGS =
+PIP = $(BIN)/python -m pip install --quiet --disable-pip-version-check --constraint constraints.txt
 
 help:
 	@sed -n 's/^#   //p' Makefile
@@ -21,32 +22,36 @@ help:
 demo: $(VENV)/installed
 	$(BIN)/vsc demo --force $(ARGS)
 
-test: $(VENV)/installed
+test: $(VENV)/developed
 	$(BIN)/pytest $(ARGS)
 
-lint: $(VENV)/installed
+lint: $(VENV)/developed
 	$(BIN)/ruff format --check .
 	$(BIN)/ruff check .
 
-types: $(VENV)/installed
+types: $(VENV)/developed
 	$(BIN)/mypy
 
-imports: $(VENV)/installed
+imports: $(VENV)/developed
 	PYTHONPATH=.:training:export $(BIN)/lint-imports
 
-wheel container photos: $(VENV)/installed
+wheel container photos: $(VENV)/developed
 	bash .ci/run $@
 
-install: $(VENV)/installed
+install: $(VENV)/developed
 
 # An editable install: a change of the code needs no second one.
 $(VENV)/installed: pyproject.toml constraints.txt
 	@$(PYTHON) -c 'import sys; v = sys.version_info; sys.exit(None if (3, 11) <= v < (3, 14) else "make: vsc-serve needs Python 3.11 to 3.13, and $(PYTHON) is %d.%d. Give another: make PYTHON=python3.12" % v[:2])'
 	@echo 'Installing into $(VENV): a minute or two, once.'
 	@$(PYTHON) -m venv $(VENV)
-	@$(BIN)/python -m pip install --quiet --disable-pip-version-check \
-		--constraint constraints.txt --editable '.[$(EXTRAS)]'
-	@touch $(VENV)/installed
+	@$(PIP) --editable '.[$(EXTRAS)]'
+	@touch $@
+
+$(VENV)/developed: $(VENV)/installed
+	@echo 'Installing what the tests need.'
+	@$(PIP) --editable '.[$(EXTRAS),dev]'
+	@touch $@
 
 clean:
 	rm -rf $(VENV) vsc-demo dist build .pytest_cache .mypy_cache .ruff_cache .hypothesis .import_linter_cache

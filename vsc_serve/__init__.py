@@ -17,6 +17,7 @@ if TYPE_CHECKING:
     from vsc_serve.codes import CodeFile, read_codes, write_codes
     from vsc_serve.encoder import Decoder, Encoder
     from vsc_serve.errors import VscError
+    from vsc_serve.pipeline import stream
     from vsc_serve.preprocess import PixelSpec
 
 _HOMES = {
@@ -26,6 +27,7 @@ _HOMES = {
     "PixelSpec": "preprocess",
     "VscError": "errors",
     "read_codes": "codes",
+    "stream": "pipeline",
     "write_codes": "codes",
 }
 
@@ -37,6 +39,7 @@ __all__ = [
     "VscError",
     "__version__",
     "read_codes",
+    "stream",
     "write_codes",
 ]
 

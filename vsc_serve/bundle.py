@@ -9,7 +9,7 @@ import hashlib
 import json
 from dataclasses import asdict, dataclass, field, fields
 from pathlib import Path
-from typing import Any, Final, Literal
+from typing import Any, Final, Literal, TypeAlias, get_args
 
 from vsc_serve.errors import BundleError
 from vsc_serve.preprocess import PixelSpec
@@ -20,9 +20,25 @@ FORMAT: Final = 1
 MANIFEST: Final = "manifest.json"
 ENCODER: Final = "encoder.onnx"
 ENCODER_CSR: Final = "encoder_csr.onnx"
+ENCODER_TOPK: Final = "encoder_topk.onnx"
 DECODER: Final = "decoder.onnx"
 
 Modality = Literal["image", "vector"]
+Precision = Literal["float32", "fp16", "int8"]
+"""Type of the encoder's layers. The spike head and the threshold are float32 in all of them."""
+
+_VALUE_TOLERANCE: Final[dict[Precision, float]] = {"float32": 1e-4, "fp16": 1e-2, "int8": 5e-2}
+"""How far a value may lie from the one that was exported, on any engine.
+
+A processor that computes in fp16 rounds otherwise than one that emulates it, and a rounding error
+before a quantised layer can move an activation by one of its steps.
+"""
+
+GraphSignature: TypeAlias = dict[str, dict[str, str]]
+"""`inputs` and `outputs` of a graph: name to type and shape, `uint8 (batch, 28, 28, 1)`."""
+
+_ADDED: Final = frozenset({"precision", "graphs", "backbone"})
+"""Fields that bundles of this format written by older versions lack."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -67,6 +83,12 @@ class Manifest:
     """How a picture becomes pixels. None for vectors."""
     input_dim: int | None = None
     """Length of a vector. None for images."""
+    precision: Precision = "float32"
+    """Precision of the encoder's layers."""
+    graphs: dict[str, GraphSignature] = field(default_factory=dict)
+    """Inputs and outputs of each graph, by its file. Empty in bundles of older versions."""
+    backbone: dict[str, Any] | None = None
+    """What embeds pictures inside the encoder, and the digest of its file. None without one."""
     format: int = FORMAT
     """Version of this layout."""
 
@@ -79,6 +101,10 @@ class Manifest:
             raise ValueError("an image model has a pixel_spec, a vector model has none")
         if (self.modality == "vector") != (self.input_dim is not None):
             raise ValueError("a vector model has an input_dim, an image model has none")
+        if self.precision not in get_args(Precision):
+            raise ValueError(
+                f"precision must be {', '.join(get_args(Precision))}, not {self.precision!r}"
+            )
         unlisted = {ENCODER, *(probe.file for probe in self.probes)} - self.files.keys()
         if unlisted:
             raise ValueError(f"no digest for {', '.join(sorted(unlisted))}")
@@ -88,6 +114,21 @@ class Manifest:
         """Digest of graphs and weights: two bundles with the same one give the same codes."""
         parts = [f"{name}:{self.files[name]}" for name in sorted(self.files) if _is_weight(name)]
         return hashlib.sha256("\n".join(parts).encode()).hexdigest()[:16]
+
+    @property
+    def draws_pictures(self) -> bool:
+        """Whether the decoder draws pictures; behind a backbone it draws embeddings."""
+        return self.modality == "image" and self.backbone is None
+
+    @property
+    def value_tolerance(self) -> float:
+        """How far a probe's values may lie from those at export, on any engine."""
+        return _VALUE_TOLERANCE[self.precision]
+
+    @property
+    def has_csr(self) -> bool:
+        """Whether the bundle holds the graph that compacts codes itself, `encoder_csr.onnx`."""
+        return ENCODER_CSR in self.files
 
     def to_json(self) -> str:
         """Return the text of `manifest.json`."""
@@ -114,7 +155,8 @@ class Manifest:
             spec = stored["pixel_spec"]
             stored["pixel_spec"] = PixelSpec.from_json(spec) if spec else None
             stored["probes"] = [Probe(**probe) for probe in stored["probes"]]
-            return cls(**{name.name: stored[name.name] for name in fields(cls)})
+            names = {part.name for part in fields(cls)} - (_ADDED - stored.keys())
+            return cls(**{name: stored[name] for name in names})
         except (ValueError, KeyError, TypeError, AttributeError) as error:
             raise BundleError(f"{path}: damaged manifest ({error!r}). Export again.") from error
 

@@ -1,6 +1,8 @@
 """What a person sees: lines and progress on stderr. Results go to stdout, from `cli` alone."""
 
+import signal
 import sys
+import threading
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -28,20 +30,40 @@ def require_extra(extra: str, *modules: str) -> None:
         raise UsageError(f"this needs {', '.join(missing)}. Run: pip install 'vsc-serve[{extra}]'")
 
 
+@contextmanager
+def ending_cleanly() -> Iterator[None]:
+    """Let SIGTERM end the block as Ctrl-C does: what is in hand is put away, exit code 130."""
+
+    def stop(number: int, frame: object) -> None:
+        raise KeyboardInterrupt
+
+    if threading.current_thread() is not threading.main_thread():
+        yield  # only the main thread takes signals
+        return
+    earlier = signal.signal(signal.SIGTERM, stop)
+    try:
+        yield
+    finally:
+        signal.signal(signal.SIGTERM, earlier)
+
+
 class Progress(Protocol):
     """Takes note of work that is done."""
 
     def update(self, done: int, note: str = "") -> None:
         """Say how many units are done in all, and anything else worth a few words."""
 
+    def expect(self, total: int) -> None:
+        """Say how many units there are in all, once that is known."""
+
 
 @contextmanager
-def progress(label: str, total: int, unit: str) -> Iterator[Progress]:
+def progress(label: str, total: int | None, unit: str) -> Iterator[Progress]:
     """Show progress on stderr: a bar on a terminal, else a line now and then.
 
     Args:
         label: What is being done.
-        total: Units in all.
+        total: Units in all; None while that is not known.
         unit: What is counted, in the plural.
     """
     if sys.stderr.isatty():
@@ -54,9 +76,12 @@ def progress(label: str, total: int, unit: str) -> Iterator[Progress]:
 class _Lines:
     """Progress as plain lines, at most one every ten seconds, and none for short work."""
 
-    def __init__(self, label: str, total: int, unit: str) -> None:
+    def __init__(self, label: str, total: int | None, unit: str) -> None:
         self._label, self._total, self._unit = label, total, unit
         self._began = self._shown = time.monotonic()
+
+    def expect(self, total: int) -> None:
+        self._total = total
 
     def update(self, done: int, note: str = "") -> None:
         now = time.monotonic()
@@ -64,6 +89,9 @@ class _Lines:
             return
         self._shown = now
         rate = done / (now - self._began)
+        if self._total is None:
+            say(self._label, f"{done:,} {self._unit}, {rate:,.0f}/s  {note}")
+            return
         left = (self._total - done) / rate if rate else 0.0
         say(
             self._label,
@@ -74,7 +102,7 @@ class _Lines:
 class _Bar:
     """Progress as a bar that is redrawn."""
 
-    def __init__(self, label: str, total: int, unit: str) -> None:
+    def __init__(self, label: str, total: int | None, unit: str) -> None:
         from rich.console import Console
         from rich.progress import BarColumn, MofNCompleteColumn, TextColumn, TimeRemainingColumn
         from rich.progress import Progress as RichProgress
@@ -104,6 +132,9 @@ class _Bar:
         trace: TracebackType | None,
     ) -> None:
         self._bar.stop()
+
+    def expect(self, total: int) -> None:
+        self._bar.update(self._task, total=total)
 
     def update(self, done: int, note: str = "") -> None:
         rate = done / max(time.monotonic() - self._began, 1e-9)

@@ -2,9 +2,10 @@
 
 import hashlib
 import logging
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any, Final
+from typing import Any, Final, Literal, get_args
 
 import numpy as np
 import PIL
@@ -12,8 +13,16 @@ from numpy.typing import NDArray
 from PIL import Image
 
 from vsc_serve.bundle import DECODER, ENCODER, Bundle, Manifest, Probe, open_bundle
-from vsc_serve.codes import Codes, dense_to_csr, stack_codes, threshold_logit
-from vsc_serve.errors import BundleError, InputError
+from vsc_serve.codes import (
+    CodeRows,
+    Codes,
+    active_positions,
+    csr_at,
+    stack_codes,
+    stack_rows,
+    threshold_logit,
+)
+from vsc_serve.errors import BundleError, InputError, UsageError
 from vsc_serve.images import decode_pixels, read_pixels
 from vsc_serve.preprocess import PixelSpec
 from vsc_serve.session import Device, Session, open_session
@@ -23,10 +32,63 @@ logger = logging.getLogger(__name__)
 BATCH_SIZE: Final = 256
 """Rows a graph is given at a time; a batch of 32 already reaches 87 % of its speed."""
 
-VALUE_TOLERANCE: Final = 1e-4
-"""How far a value may lie from the one that was exported, on any engine."""
+GUARD_BAND: Final = 1e-4
+"""Spike logits this near to the threshold may fall on its other side on another engine."""
+
+View = Literal["mean", "gamma", "spike"]
+
+_SMALLEST: Final = np.finfo(np.float32).tiny
+_LARGEST_LOGVAR: Final = 170.0
+"""Beyond it sigma is no finite float32."""
 
 Picture = Path | str | bytes | Image.Image
+
+
+@dataclass(frozen=True, kw_only=True)
+class EncodeOptions:
+    """What an active latent is, and what is told of it. Raises UsageError for what cannot be."""
+
+    tau: float | None = None
+    """Spike threshold in (0, 1) in place of the model's own."""
+    view: View = "mean"
+    """The value of an active latent: its slab mean mu, its spike probability gamma, or 1."""
+    max_active: int | None = None
+    """Keep this many active latents of a row, those with the largest |mu|; None keeps all."""
+    uncertainty: bool = False
+    """Give gamma and sigma of every entry beside the codes."""
+
+    def __post_init__(self) -> None:
+        if self.tau is not None:
+            threshold_logit(self.tau)
+        if self.view not in get_args(View):
+            raise UsageError(f"view must be one of {', '.join(get_args(View))}, not {self.view}")
+        if self.max_active is not None and self.max_active < 1:
+            raise UsageError(f"max_active must be 1 or more, not {self.max_active}")
+
+    @classmethod
+    def of_codes(cls, meta: Mapping[str, Any]) -> "EncodeOptions":
+        """Return what stored codes were made with, so that a query can be made alike.
+
+        Args:
+            meta: Provenance of the codes; what it does not say is as in a plain file.
+
+        Raises:
+            UsageError: The codes were changed since: no encoder gives codes that are split by sign.
+        """
+        if meta.get("sign") is not None:
+            raise UsageError(
+                f"these codes were changed since they were encoded (sign: {meta['sign']}). Give the"
+                " file that `vsc encode` wrote."
+            )
+        return cls(
+            tau=meta.get("tau"),
+            view=meta.get("view", "mean"),
+            max_active=meta.get("max_active"),
+        )
+
+
+PLAIN: Final = EncodeOptions()
+"""The model's own threshold, slab means, every active latent."""
 
 
 class Encoder:
@@ -86,46 +148,151 @@ class Encoder:
             InputError: Wrong shape or type, or a picture that cannot be read.
             UsageError: `tau` is out of range.
         """
-        rows = images if isinstance(images, np.ndarray) else self._read(images)
-        _check_rows(rows, self.manifest)
-        limit = threshold_logit(self.manifest.tau if tau is None else tau)
-        parts = [
-            self._encode_batch(rows, start, limit) for start in range(0, len(rows), BATCH_SIZE)
-        ]
-        return stack_codes(parts, self.manifest.latent_dim)
+        rows = images if isinstance(images, np.ndarray) else self.read(images)
+        return self.encode_rows(rows, EncodeOptions(tau=tau)).codes
 
-    def provenance(self, *, tau: float | None = None) -> dict[str, Any]:
-        """Return what a codes file says about where its codes come from."""
+    def encode_rows(self, rows: NDArray[Any], options: EncodeOptions = PLAIN) -> CodeRows:
+        """Encode pixels or vectors, with all that may be asked of a code.
+
+        Every view has the same active latents: those where the graph's code is not 0.
+
+        Args:
+            rows: Pixels or vectors, as `encode` takes them.
+            options: Threshold, values, and what else to give.
+
+        Raises:
+            InputError: Wrong shape or type, or a model that gives values that are not finite.
+        """
+        _check_rows(rows, self.manifest)
+        if not len(rows):
+            return _no_rows(self.manifest.latent_dim, options)
+        parts = [
+            self._encode_batch(rows[start : start + BATCH_SIZE], start, options)
+            for start in range(0, len(rows), BATCH_SIZE)
+        ]
+        return stack_rows(parts, self.manifest.latent_dim)
+
+    def provenance(
+        self, options: EncodeOptions = PLAIN, *, tau: float | None = None
+    ) -> dict[str, Any]:
+        """Return what a codes file says about where its codes come from.
+
+        Args:
+            options: What the codes were made with.
+            tau: The same as `options.tau`, for codes of `encode`.
+        """
         from vsc_serve import __version__
 
+        chosen = options.tau if tau is None else tau
+        limit = {} if options.max_active is None else {"max_active": options.max_active}
         return {
             "model": self.manifest.name,
             "model_digest": self.manifest.digest,
-            "tau": self.manifest.tau if tau is None else tau,
-            "view": "mean",
+            "tau": self.manifest.tau if chosen is None else chosen,
+            "view": options.view,
+            **limit,
             "engine": self.engine,
             "vsc_serve": __version__,
         }
 
-    def _encode_batch(self, rows: NDArray[Any], start: int, limit: np.float32) -> Codes:
-        batch = rows[start : start + BATCH_SIZE]
+    def _encode_batch(self, batch: NDArray[Any], start: int, options: EncodeOptions) -> CodeRows:
+        """Encode what a graph is given at once; `start` is its first row, for messages."""
+        limit = threshold_logit(self.manifest.tau if options.tau is None else options.tau)
         feeds = {self.manifest.modality: batch, "tau_logit": np.array(limit)}
-        (dense,) = self._session.run(["code"], feeds)
-        codes = dense_to_csr(dense)
-        if not np.isfinite(codes.data).all():
-            bad = start + int(np.flatnonzero(~np.isfinite(dense).all(axis=1))[0])
+        outputs = ["code", "spike_logit", *(["logvar"] if options.uncertainty else [])]
+        found = dict(zip(outputs, self._session.run(outputs, feeds), strict=True))
+        bad = _first_bad_row(found)
+        if bad is not None:
             raise InputError(
-                f"row {bad}: model {self.manifest.name} gives values that are not finite (NaN or"
-                " infinity). Leave the row out; a model that does so for ordinary input is broken."
+                f"row {start + bad}: model {self.manifest.name} gives values that are not finite"
+                " (NaN or infinity). Leave the row out; a model that does so for ordinary input is"
+                " broken."
             )
-        return codes
+        near = int(np.count_nonzero(np.abs(found["spike_logit"] - limit) <= GUARD_BAND))
+        return replace(_compact(found, options), near_threshold=near)
 
-    def _read(self, pictures: Sequence[Picture]) -> NDArray[np.uint8]:
+    def read(self, pictures: Sequence[Picture]) -> NDArray[np.uint8]:
+        """Return the pixels of pictures, as `encode_rows` takes them.
+
+        Args:
+            pictures: Paths, encoded pictures (bytes) or PIL images.
+
+        Raises:
+            InputError: One cannot be read, or the model does not take pictures.
+        """
         spec = image_spec(self.manifest)
         if isinstance(pictures, str | bytes | Path | Image.Image):
             raise InputError("encode takes a list of pictures, not a single one: pass [picture]")
         pixels = [_picture_pixels(picture, row, spec) for row, picture in enumerate(pictures)]
         return np.stack(pixels) if pixels else np.empty((0, *spec.shape), np.uint8)
+
+
+def _first_bad_row(found: Mapping[str, NDArray[np.float32]]) -> int | None:
+    """Return the first row of which something is not finite, as NaN in a logit hides a latent."""
+    is_bad = {"code": ~np.isfinite(found["code"]), "spike_logit": np.isnan(found["spike_logit"])}
+    if "logvar" in found:
+        is_bad["logvar"] = ~(found["logvar"] <= _LARGEST_LOGVAR)
+    rows = [int(np.flatnonzero(bad.any(axis=1))[0]) for bad in is_bad.values() if bad.any()]
+    return min(rows, default=None)
+
+
+def _compact(found: Mapping[str, NDArray[np.float32]], options: EncodeOptions) -> CodeRows:
+    """Keep of what the graph gives, by name of its output, only what belongs to active latents."""
+    dense = found["code"]
+    active = active_positions(dense)
+    total_energy = _energy(dense, active)
+    if options.max_active is not None:
+        active = _strongest(dense, active, options.max_active)
+    gamma, sigma = None, None
+    if options.uncertainty or options.view == "gamma":
+        gamma = _gamma(found["spike_logit"].ravel()[active])
+    if options.uncertainty:
+        sigma = np.exp(found["logvar"].ravel()[active] / 2)
+    return CodeRows(
+        codes=csr_at(active, _view(dense, active, gamma, options.view), dense.shape),
+        gamma=gamma if options.uncertainty else None,
+        sigma=sigma,
+        kept_energy=total_energy if options.max_active is None else _energy(dense, active),
+        total_energy=total_energy,
+    )
+
+
+def _view(
+    dense: NDArray[np.float32],
+    active: NDArray[np.intp],
+    gamma: NDArray[np.float32] | None,
+    view: View,
+) -> NDArray[np.float32]:
+    if view == "spike":
+        return np.ones(len(active), np.float32)
+    return dense.ravel()[active] if gamma is None or view == "mean" else gamma
+
+
+def _gamma(spike_logit: NDArray[np.float32]) -> NDArray[np.float32]:
+    """Return sigmoid(spike_logit), computed in float64; never 0, which a code cannot store."""
+    gamma = np.exp(-np.logaddexp(0.0, -spike_logit.astype(np.float64)))
+    return np.maximum(gamma.astype(np.float32), _SMALLEST)
+
+
+def _strongest(
+    dense: NDArray[np.float32], active: NDArray[np.intp], count: int
+) -> NDArray[np.intp]:
+    """Keep the positions of the `count` largest |mu| of each row; of equal ones the lower."""
+    rows = active // dense.shape[1]
+    order = np.lexsort((-np.abs(dense.ravel()[active]), rows))  # stable, and row by row
+    place = np.arange(len(rows)) - np.searchsorted(rows, rows)
+    kept: NDArray[np.intp] = active[np.sort(order[place < count])]
+    return kept
+
+
+def _energy(dense: NDArray[np.float32], active: NDArray[np.intp]) -> float:
+    mu = dense.ravel()[active].astype(np.float64)
+    return float(mu @ mu)
+
+
+def _no_rows(latent_dim: int, options: EncodeOptions) -> CodeRows:
+    none = np.empty(0, np.float32) if options.uncertainty else None
+    return CodeRows(codes=stack_codes([], latent_dim), gamma=none, sigma=none)
 
 
 class Decoder:
@@ -224,7 +391,7 @@ def _check_probes(encoder: Encoder, bundle: Bundle) -> None:
                 f" at export (Pillow {bundle.manifest.versions.get('pillow', 'unknown')})."
                 " Install that version, or export again."
             )
-        _check_probe_code(path, probe, encoder.encode(rows))
+        _check_probe_code(path, probe, encoder.encode(rows), bundle.manifest.value_tolerance)
 
 
 def _read_probe(path: Path, manifest: Manifest) -> NDArray[Any]:
@@ -233,9 +400,9 @@ def _read_probe(path: Path, manifest: Manifest) -> NDArray[Any]:
     return read_pixels(path, manifest.pixel_spec)[None]
 
 
-def _check_probe_code(path: Path, probe: Probe, found: Codes) -> None:
+def _check_probe_code(path: Path, probe: Probe, found: Codes, tolerance: float) -> None:
     is_same = found.indices.tolist() == probe.indices and np.allclose(
-        found.data, np.array(probe.values, np.float32), rtol=0.0, atol=VALUE_TOLERANCE
+        found.data, np.array(probe.values, np.float32), rtol=0.0, atol=tolerance
     )
     if not is_same:
         raise BundleError(

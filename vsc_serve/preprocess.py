@@ -5,12 +5,13 @@ resized one way in training and another way in production. Nothing here opens a 
 and nothing here scales pixel values (normalisation is inside the ONNX graph).
 """
 
+import struct
 from dataclasses import asdict, dataclass, fields
 from typing import Any, Final, Literal
 
 import numpy as np
 from numpy.typing import NDArray
-from PIL import Image, ImageOps
+from PIL import Image
 
 from vsc_serve.errors import InputError
 
@@ -19,6 +20,21 @@ Fit = Literal["crop", "stretch"]
 _FITS: Final = ("crop", "stretch")
 _ORIENTATION_TAG: Final = 0x0112
 _TRANSPOSED_ORIENTATIONS: Final = (5, 6, 7, 8)
+_TURNS: Final = {
+    2: Image.Transpose.FLIP_LEFT_RIGHT,
+    3: Image.Transpose.ROTATE_180,
+    4: Image.Transpose.FLIP_TOP_BOTTOM,
+    5: Image.Transpose.TRANSPOSE,
+    6: Image.Transpose.ROTATE_270,
+    7: Image.Transpose.TRANSVERSE,
+    8: Image.Transpose.ROTATE_90,
+}
+_EXIF_ERRORS: Final = (
+    *(SyntaxError, ValueError, KeyError, IndexError, TypeError, AttributeError, EOFError),
+    *(OverflowError, struct.error, OSError, AssertionError),
+)
+"""What Pillow raises on EXIF data that make no sense."""
+_JPEG_FORMATS: Final = ("JPEG", "MPO")
 _UNBOUNDED_MODES: Final = ("I", "F")
 
 
@@ -81,33 +97,93 @@ def to_pixels(image: Image.Image, spec: PixelSpec) -> NDArray[np.uint8]:
         InputError: The colour mode has no defined range of values.
         OSError: The picture is truncated or broken (raised by Pillow while decoding).
     """
-    orientation = image.getexif().get(_ORIENTATION_TAG, 1)
+    if not is_jpeg(image):
+        image.load()  # before the rotation is asked for: Pillow turns a TIFF while it is loaded
+    orientation = read_orientation(image)
+    if is_jpeg(image):
+        scale = jpeg_scale(image.size, orientation, spec)
+        image.draft(None, (image.width // scale, image.height // scale))
+    return fit_pixels(turn_upright(image, orientation), spec)
+
+
+def is_jpeg(image: Image.Image) -> bool:
+    """Tell whether an opened picture is a JPEG, which can be decoded at a reduced scale."""
+    return image.format in _JPEG_FORMATS
+
+
+def read_orientation(image: Image.Image) -> int:
+    """Return how a picture is turned, 1 to 8 as EXIF numbers it; 1 where it does not say."""
+    try:
+        orientation = image.getexif().get(_ORIENTATION_TAG, 1)
+    except _EXIF_ERRORS:
+        return 1
+    return orientation if orientation in _TURNS else 1
+
+
+def jpeg_scale(size: tuple[int, int], orientation: int, spec: PixelSpec) -> int:
+    """Return what a JPEG's sides may be divided by: 8, 4, 2 or 1.
+
+    Args:
+        size: Width and height in the file.
+        orientation: How the file is turned.
+        spec: What is wanted; twice its sides remain at least.
+    """
     is_transposed = orientation in _TRANSPOSED_ORIENTATIONS
     target = (spec.height, spec.width) if is_transposed else (spec.width, spec.height)
-    image.draft(None, (2 * target[0], 2 * target[1]))
-    if orientation != 1:
-        image = ImageOps.exif_transpose(image)
+    largest = min(size[0] // (2 * target[0]), size[1] // (2 * target[1]))
+    return next((scale for scale in (8, 4, 2) if scale <= largest), 1)
+
+
+def turn_upright(image: Image.Image, orientation: int) -> Image.Image:
+    """Undo the rotation that the camera noted."""
+    turn = _TURNS.get(orientation)
+    return image if turn is None else image.transpose(turn)
+
+
+def fit_pixels(image: Image.Image, spec: PixelSpec) -> NDArray[np.uint8]:
+    """Convert, crop and resize an upright picture: the part of `to_pixels` after the decoding.
+
+    Args:
+        image: Decoded, upright picture.
+        spec: What the model wants.
+
+    Returns:
+        Pixels, uint8, shape (height, width, channels).
+    """
+    size = (spec.width, spec.height)
     image = _to_mode(image, "L" if spec.channels == 1 else "RGB")
-    box = _crop_box(image.size, (spec.width, spec.height)) if spec.fit == "crop" else None
-    if image.size != (spec.width, spec.height):
-        image = image.resize((spec.width, spec.height), Image.Resampling.BILINEAR, box=box)
-    return np.asarray(image, dtype=np.uint8).reshape(spec.shape)
+    if image.size != size:
+        box = _crop_box(image.size, size) if spec.fit == "crop" else None
+        image = image.resize(size, Image.Resampling.BILINEAR, box=box)
+    return np.frombuffer(image.tobytes(), np.uint8).reshape(spec.shape)
 
 
 def _to_mode(image: Image.Image, mode: str) -> Image.Image:
     """Convert to `L` or `RGB`: transparency over white, 16-bit grey by its upper byte."""
+    if image.mode.startswith("I;16") or _is_16_bit_pnm(image):
+        image = _upper_byte(image)
     if image.mode in _UNBOUNDED_MODES:
         raise InputError(
             f"mode {image.mode} (32 bits a pixel) has no defined range; save as 8-bit or 16-bit PNG"
         )
-    if image.mode.startswith("I;16"):
-        upper = np.asarray(image).astype(np.uint16) >> 8
-        image = Image.fromarray(upper.astype(np.uint8))
+    if image.mode == "LAB":
+        raise InputError("mode LAB is not read; save as RGB")
+    if image.mode == "P" and image.palette is None:
+        raise InputError("broken image: its colours are in a palette that is missing")
     if image.has_transparency_data:
         image = image.convert("RGBA")
         white = Image.new("RGBA", image.size, (255, 255, 255, 255))
         image = Image.alpha_composite(white, image)
     return image if image.mode == mode else image.convert(mode)
+
+
+def _is_16_bit_pnm(image: Image.Image) -> bool:
+    """Tell a PGM of more than 8 bits, which Pillow widens to 32 bits but keeps below 65536."""
+    return image.mode == "I" and image.format == "PPM"
+
+
+def _upper_byte(image: Image.Image) -> Image.Image:
+    return Image.fromarray((np.asarray(image).astype(np.uint16) >> 8).astype(np.uint8))
 
 
 def _crop_box(size: tuple[int, int], target: tuple[int, int]) -> tuple[float, float, float, float]:

@@ -10,7 +10,7 @@ import os
 from collections.abc import Mapping, Sequence
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Final, Literal, Protocol
+from typing import TYPE_CHECKING, Any, Final, Literal, NamedTuple, Protocol
 
 import numpy as np
 from numpy.typing import NDArray
@@ -43,6 +43,17 @@ class Session(Protocol):
         """Compute the named outputs from the named inputs."""
 
 
+class Port(NamedTuple):
+    """An input or output of a graph."""
+
+    name: str
+    """Its name."""
+    type: str
+    """Its type, as onnxruntime writes it: `tensor(float)`."""
+    shape: Sequence[int | str | None]
+    """Its shape; a dimension that is free has a name, or none."""
+
+
 class OnnxSession:
     """A Session on onnxruntime."""
 
@@ -55,6 +66,16 @@ class OnnxSession:
         """Name and version of the engine, and its device."""
         return self._engine
 
+    @property
+    def inputs(self) -> list[Port]:
+        """Inputs that have no default."""
+        return [Port(one.name, one.type, one.shape) for one in self._session.get_inputs()]
+
+    @property
+    def outputs(self) -> list[Port]:
+        """Outputs."""
+        return [Port(one.name, one.type, one.shape) for one in self._session.get_outputs()]
+
     def run(
         self, outputs: Sequence[str], feeds: Mapping[str, NDArray[Any]]
     ) -> list[NDArray[np.float32]]:
@@ -62,14 +83,80 @@ class OnnxSession:
         results: list[NDArray[np.float32]] = self._session.run(list(outputs), dict(feeds))
         return results
 
+    def run_bound(
+        self, outputs: Sequence[str], feeds: Mapping[str, NDArray[Any]]
+    ) -> list[NDArray[Any]]:
+        """Compute the named outputs through bindings, which spares copies on the way to a GPU."""
+        binding = self._session.io_binding()
+        for name, value in feeds.items():
+            binding.bind_cpu_input(name, value)
+        for name in outputs:
+            binding.bind_output(name)
+        self._session.run_with_iobinding(binding)
+        results: list[NDArray[Any]] = binding.copy_outputs_to_cpu()
+        return results
 
-def open_session(path: Path, *, device: Device = "auto", threads: int = 0) -> OnnxSession:
+
+class BoundSession:
+    """A Session that computes batches of one size, from memory and into memory that is bound.
+
+    The kernels a GPU uses depend on the shape. With one shape for all batches, the row of an image
+    is the same whatever is computed with it. What a batch lacks is filled up and cut off again.
+
+    Args:
+        session: What computes.
+        batch_size: Rows of every batch.
+    """
+
+    def __init__(self, session: OnnxSession, batch_size: int) -> None:
+        self._session = session
+        self._batch_size = batch_size
+        self._staging: dict[str, NDArray[Any]] = {}
+
+    @property
+    def engine(self) -> str:
+        """Name and version of the engine, and its device."""
+        return self._session.engine
+
+    def run(
+        self, outputs: Sequence[str], feeds: Mapping[str, NDArray[Any]]
+    ) -> list[NDArray[np.float32]]:
+        """Compute the named outputs of at most `batch_size` rows. For one thread at a time."""
+        count = max(len(value) for value in feeds.values() if value.ndim)
+        return [output[:count] for output in self.run_whole(outputs, feeds)]
+
+    def run_whole(
+        self, outputs: Sequence[str], feeds: Mapping[str, NDArray[Any]]
+    ) -> list[NDArray[Any]]:
+        """Compute the named outputs of a whole batch: also those of the rows it was filled with."""
+        return self._session.run_bound(
+            outputs, {name: self._stage(name, value) for name, value in feeds.items()}
+        )
+
+    def _stage(self, name: str, value: NDArray[Any]) -> NDArray[Any]:
+        """Copy rows to the start of a batch that stays where it is, in memory the GPU can reach."""
+        if not value.ndim:
+            return value
+        if name not in self._staging:
+            self._staging[name] = np.zeros((self._batch_size, *value.shape[1:]), value.dtype)
+            if self.engine.endswith("cuda"):
+                pin_memory(self._staging[name])
+        batch = self._staging[name]
+        batch[: len(value)] = value
+        batch[len(value) :] = 0
+        return batch
+
+
+def open_session(
+    path: Path, *, device: Device = "auto", threads: int = 0, device_id: int = 0
+) -> OnnxSession:
     """Open an ONNX file.
 
     Args:
         path: The `.onnx` file; its external data lies beside it.
         device: `cuda` fails where CUDA cannot be used, `auto` falls back to the CPU.
         threads: Threads inside one operator; 0 lets onnxruntime choose.
+        device_id: Which GPU, where there are several.
 
     Returns:
         The session.
@@ -82,7 +169,7 @@ def open_session(path: Path, *, device: Device = "auto", threads: int = 0) -> On
     if device == "cpu" or (device == "auto" and not cuda_is_there()):
         return _open_on_cpu(ort, path, threads)
     try:
-        return _open_on_cuda(ort, path, threads)
+        return _open_on_cuda(ort, path, threads, device_id)
     except DeviceError as error:
         if device == "cuda":
             raise
@@ -100,7 +187,7 @@ def _open_on_cpu(ort: Any, path: Path, threads: int) -> OnnxSession:
     return OnnxSession(session, f"onnxruntime {ort.__version__} cpu")
 
 
-def _open_on_cuda(ort: Any, path: Path, threads: int) -> OnnxSession:
+def _open_on_cuda(ort: Any, path: Path, threads: int, device_id: int) -> OnnxSession:
     if CUDA_PROVIDER not in ort.get_available_providers():
         raise DeviceError(
             "--device cuda: the installed onnxruntime has no CUDA. Run: pip uninstall -y"
@@ -109,7 +196,8 @@ def _open_on_cuda(ort: Any, path: Path, threads: int) -> OnnxSession:
     if hasattr(ort, "preload_dlls"):
         ort.preload_dlls()
     try:
-        session = _load(ort, path, [CUDA_PROVIDER, CPU_PROVIDER], threads)
+        chosen = (CUDA_PROVIDER, {"device_id": device_id})
+        session = _load(ort, path, [chosen if device_id else CUDA_PROVIDER, CPU_PROVIDER], threads)
     except Exception as error:  # onnxruntime raises its own classes, and RuntimeError
         _open_on_cpu(ort, path, threads)  # raises where the file is at fault, and not the device
         raise DeviceError(_why_no_cuda(_first_line(error))) from error
@@ -119,14 +207,14 @@ def _open_on_cuda(ort: Any, path: Path, threads: int) -> OnnxSession:
 
 
 def _load(
-    ort: Any, path: Path, providers: list[str], threads: int
+    ort: Any, path: Path, providers: Sequence[str | tuple[str, dict[str, int]]], threads: int
 ) -> "onnxruntime.InferenceSession":
     options = ort.SessionOptions()
     options.intra_op_num_threads = threads
     options.use_deterministic_compute = True
     options.log_severity_level = 4  # what goes wrong is raised, in one line
     # Without a fallback: it would go on without the GPU, and say so on stdout.
-    return ort.InferenceSession(str(path), options, providers=providers, enable_fallback=0)
+    return ort.InferenceSession(str(path), options, providers=list(providers), enable_fallback=0)
 
 
 def cuda_is_there() -> bool:
@@ -135,10 +223,43 @@ def cuda_is_there() -> bool:
     if CUDA_PROVIDER not in ort.get_available_providers():
         return False
     try:
-        ctypes.CDLL("nvcuda.dll" if os.name == "nt" else "libcuda.so.1")
+        _load_driver()
     except OSError:
         return False
     return True
+
+
+def cuda_count() -> int:
+    """Return how many GPUs the driver shows to this process; 0 without a driver."""
+    try:
+        driver = _load_driver()
+    except OSError:
+        return 0
+    count = ctypes.c_int(0)
+    if driver.cuInit(0) or driver.cuDeviceGetCount(ctypes.byref(count)):
+        return 0
+    return count.value
+
+
+def pin_memory(array: NDArray[Any]) -> bool:
+    """Keep an array from being paged out, so that a GPU fetches it itself, twice as fast.
+
+    It stays so until the process ends. Without the CUDA runtime nothing happens.
+
+    Returns:
+        Whether it is pinned.
+    """
+    try:
+        runtime = ctypes.CDLL("libcudart.so.13")
+    except OSError:
+        return False
+    address = ctypes.c_void_p(array.ctypes.data)
+    return bool(runtime.cudaHostRegister(address, ctypes.c_size_t(array.nbytes), 0) == 0)
+
+
+def _load_driver() -> Any:
+    """Return the NVIDIA driver's library. Raises OSError without one."""
+    return ctypes.CDLL("nvcuda.dll" if os.name == "nt" else "libcuda.so.1")
 
 
 def installed_flavours() -> dict[str, str]:

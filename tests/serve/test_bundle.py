@@ -4,17 +4,23 @@ import dataclasses
 import json
 from pathlib import Path
 
+import numpy as np
 import pytest
 
 from vsc_serve.bundle import (
     DECODER,
     ENCODER,
+    ENCODER_CSR,
     FORMAT,
     MANIFEST,
     Manifest,
     open_bundle,
 )
+from vsc_serve.encoder import Encoder
 from vsc_serve.errors import BundleError
+from vsc_serve.session import open_session
+
+ARCHIVE = Path(__file__).parents[1] / "data" / "archive"
 
 
 def edit_manifest(bundle: Path, **changes: object) -> None:
@@ -105,6 +111,7 @@ def test_a_manifest_that_is_not_text_is_unreadable(tiny_bundle):
         ({"files": {}}, "no digest for encoder.onnx, probe.png"),
         ({"probes": [{"file": "probe.png"}]}, "damaged manifest"),
         ({"probes": 3}, "damaged manifest"),
+        ({"precision": "fp8"}, "precision must be float32, fp16, int8, not 'fp8'"),
     ],
 )
 def test_a_manifest_that_contradicts_itself_is_damaged(tiny_bundle, changes, message):
@@ -147,3 +154,48 @@ def test_a_bundle_can_be_read_from_anywhere(tiny_bundle, monkeypatch):
     assert open_bundle(Path("tiny")).manifest == open_bundle(tiny_bundle).manifest
     Path("link").symlink_to(tiny_bundle)
     assert open_bundle(Path("link")).manifest == open_bundle(tiny_bundle).manifest
+
+
+def test_a_manifest_without_what_was_added_later_is_read_with_its_meaning():
+    manifest = open_bundle(ARCHIVE / "bundle-v1").manifest
+    assert manifest.precision == "float32"
+    assert manifest.graphs == {}
+    assert not manifest.has_csr
+
+
+def test_a_bundle_with_a_compacting_graph_is_read_for_ever():
+    folder = ARCHIVE / "bundle-v1-csr"
+    manifest = open_bundle(folder).manifest
+    assert manifest.has_csr
+    assert manifest.precision == "float32"
+    assert manifest.graphs["encoder.onnx"]["inputs"] == {
+        "image": "uint8 (batch, 8, 8, 1)",
+        "tau_logit": "float32 ()",
+    }
+    codes = Encoder.open(folder, device="cpu").encode(sorted((ARCHIVE / "pictures").glob("*.png")))
+    expected = json.loads((ARCHIVE / "bundle-v1-csr-codes.json").read_text(encoding="utf-8"))
+    assert codes.indices.tolist() == [j for row in expected["indices"] for j in row]
+    np.testing.assert_allclose(
+        codes.data, [v for row in expected["values"] for v in row], atol=1e-4
+    )
+
+
+def test_the_compacting_graph_of_the_archive_gives_the_codes_of_the_encoder():
+    folder = ARCHIVE / "bundle-v1-csr"
+    pixels = np.random.default_rng(0).integers(0, 256, (20, 8, 8, 1), dtype=np.uint8)
+    expected = Encoder.open(folder, device="cpu").encode(pixels)
+    session = open_session(folder / ENCODER_CSR, device="cpu")
+    values, indices, row_counts = session.run(
+        ["values", "indices", "row_counts"], {"image": pixels}
+    )
+    np.testing.assert_array_equal(values, expected.data)
+    np.testing.assert_array_equal(indices, expected.indices)
+    np.testing.assert_array_equal(row_counts, np.diff(expected.indptr))
+
+
+def test_values_of_a_variant_may_lie_farther_from_those_at_export():
+    tolerances = [
+        vector_manifest(precision=name).value_tolerance for name in ("float32", "fp16", "int8")
+    ]
+    assert tolerances == sorted(tolerances)
+    assert tolerances[0] == 1e-4

@@ -259,7 +259,7 @@ def test_files_that_are_no_codes_say_so_and_what_to_do(tmp_path, codes):
             read_codes(tmp_path / name)
     with pytest.raises(InputError, match=r"gone.npz: no such file\. Make it with `vsc encode"):
         read_codes(tmp_path / "gone.npz")
-    with pytest.raises(InputError, match=r"not a readable npz file .*directory"):
+    with pytest.raises(InputError, match=r"a folder without manifest.json, so no shards"):
         read_codes(tmp_path)
 
 

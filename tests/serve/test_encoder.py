@@ -3,6 +3,7 @@
 import dataclasses
 import io
 import json
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -14,7 +15,7 @@ from PIL import Image
 from vsc_serve import Decoder, Encoder, __version__
 from vsc_serve.bundle import ENCODER, MANIFEST, sha256
 from vsc_serve.codes import dense_to_csr, threshold_logit
-from vsc_serve.encoder import BATCH_SIZE
+from vsc_serve.encoder import BATCH_SIZE, PLAIN, EncodeOptions
 from vsc_serve.errors import BundleError, InputError, UsageError
 
 
@@ -31,7 +32,37 @@ class FailsOnWhite:
         self.feeds.append(feeds)
         code = np.zeros((len(feeds["image"]), 16), np.float32)
         code[(feeds["image"] == 255).all(axis=(1, 2, 3)), 5] = self.value
-        return [code]
+        return [code] * len(outputs)
+
+
+class WithLogvar:
+    """A Session that gives a log-variance, a third of the spike logit, beside another's outputs."""
+
+    engine = "fake"
+
+    def __init__(self, session):
+        self.session = session
+        self.asked = []
+
+    def run(self, outputs, feeds):
+        self.asked.append(list(outputs))
+        (spike_logit,) = self.session.run(["spike_logit"], feeds)
+        given = {"logvar": spike_logit / 3, "spike_logit": spike_logit}
+        return [
+            given[name] if name in given else self.session.run([name], feeds)[0] for name in outputs
+        ]
+
+
+class Gives:
+    """A Session that gives these arrays whatever it is fed."""
+
+    engine = "fixed"
+
+    def __init__(self, **arrays):
+        self.arrays = {name: np.array(rows, np.float32) for name, rows in arrays.items()}
+
+    def run(self, outputs, feeds):
+        return [self.arrays[name] for name in outputs]
 
 
 def pixels(count: int, seed: int = 0) -> np.ndarray:
@@ -196,6 +227,171 @@ def test_a_model_of_vectors_takes_float32_rows_and_nothing_else(vector_encoder):
     rows[3, 7] = np.nan
     with pytest.raises(InputError, match="row 3 holds values that are not finite"):
         vector_encoder.encode(rows)
+
+
+# Options
+
+
+@pytest.fixture
+def archived_encoder():
+    return Encoder.open(Path(__file__).parents[1] / "data/archive/bundle-v1", device="cpu")
+
+
+@pytest.fixture
+def full_encoder(fake_encoder):
+    return Encoder(WithLogvar(fake_encoder._session), fake_encoder.manifest)
+
+
+def graph_outputs(encoder, rows, *names):
+    feeds = {"image": rows, "tau_logit": np.array(threshold_logit(0.5))}
+    return [found.astype(np.float64) for found in encoder._session.run(names, feeds)]
+
+
+@pytest.mark.parametrize("count", [1, BATCH_SIZE + 3])
+def test_the_views_give_mu_gamma_or_one_for_the_same_latents(full_encoder, count):
+    rows = pixels(count)
+    code, spike_logit = graph_outputs(full_encoder, rows, "code", "spike_logit")
+    gamma = 1 / (1 + np.exp(-spike_logit))
+    for view, values in (("mean", code), ("gamma", gamma), ("spike", np.ones_like(code))):
+        found = full_encoder.encode_rows(rows, EncodeOptions(view=view))
+        np.testing.assert_allclose(found.codes.toarray(), np.where(code != 0, values, 0), rtol=1e-6)
+        assert found.codes.dtype == np.float32
+        assert found.gamma is None
+        assert found.sigma is None
+    assert same(full_encoder.encode_rows(rows, PLAIN).codes, full_encoder.encode(rows))
+
+
+@pytest.mark.parametrize("options", [{}, {"view": "spike"}, {"max_active": 2}, {"tau": 0.3}])
+def test_uncertainty_goes_with_the_entries(full_encoder, options):
+    rows = pixels(40)
+    found = full_encoder.encode_rows(rows, EncodeOptions(uncertainty=True, **options))
+    spike_logit, logvar = graph_outputs(full_encoder, rows, "spike_logit", "logvar")
+    places = found.codes.nonzero()
+    assert len(places[0]) == found.codes.nnz > 40
+    np.testing.assert_allclose(found.gamma, 1 / (1 + np.exp(-spike_logit[places])), rtol=1e-6)
+    np.testing.assert_allclose(found.sigma, np.sqrt(np.exp(logvar[places])), rtol=1e-6)
+    assert found.gamma.dtype == found.sigma.dtype == np.float32
+
+
+def test_the_graph_computes_the_variance_only_when_it_is_asked_for(full_encoder):
+    full_encoder.encode(pixels(1))
+    full_encoder.encode_rows(pixels(1), EncodeOptions(view="gamma", max_active=3))
+    full_encoder.encode_rows(pixels(1), EncodeOptions(uncertainty=True))
+    plain = ["code", "spike_logit"]
+    assert full_encoder._session.asked == [plain, plain, [*plain, "logvar"]]
+
+
+@given(
+    hnp.arrays(np.float32, st.tuples(st.integers(1, 5), st.just(16)), elements=st.integers(-3, 3)),
+    st.integers(1, 17),
+)
+@settings(suppress_health_check=[HealthCheck.function_scoped_fixture], deadline=None)
+def test_max_active_keeps_the_largest_and_of_equal_ones_the_lower(fake_encoder, dense, count):
+    encoder = Encoder(Gives(code=dense, spike_logit=dense), fake_encoder.manifest)
+    found = encoder.encode_rows(pixels(len(dense)), EncodeOptions(max_active=count))
+    expected = np.zeros_like(dense)
+    for row, mu in enumerate(dense):
+        kept = sorted(range(16), key=lambda latent: (-abs(mu[latent]), latent))[:count]
+        expected[row, kept] = mu[kept]
+    np.testing.assert_array_equal(found.codes.toarray(), expected)
+    assert found.codes.has_canonical_format
+    assert found.kept_energy == (expected**2).sum()
+    assert found.total_energy == (dense**2).sum()
+
+
+def test_the_views_of_the_strongest_latents_are_of_the_largest_means(full_encoder):
+    rows = pixels(9)
+    strongest = full_encoder.encode_rows(rows, EncodeOptions(max_active=3)).codes
+    for view in ("gamma", "spike"):
+        found = full_encoder.encode_rows(rows, EncodeOptions(max_active=3, view=view)).codes
+        assert found.indices.tolist() == strongest.indices.tolist()
+
+
+def test_logits_near_the_threshold_are_counted_on_both_sides(fake_encoder):
+    limit = threshold_logit(0.7)
+    near = limit + np.array([[0, 0.9e-4, -0.9e-4, 1.2e-4], [-1.2e-4, 5, -5, -0.5e-4]])
+    encoder = Encoder(
+        Gives(code=np.zeros((2, 4)), spike_logit=near),
+        dataclasses.replace(fake_encoder.manifest, latent_dim=4),
+    )
+    assert encoder.encode_rows(pixels(2), EncodeOptions(tau=0.7)).near_threshold == 4
+    assert encoder.encode_rows(pixels(2), EncodeOptions(tau=0.2)).near_threshold == 0
+
+
+def test_counts_are_added_up_over_batches(full_encoder):
+    rows = pixels(2 * BATCH_SIZE + 5)
+    whole = full_encoder.encode_rows(rows)
+    parts = [full_encoder.encode_rows(rows[start : start + 60]) for start in range(0, 520, 60)]
+    assert whole.total_energy == pytest.approx(sum(part.total_energy for part in parts))
+    assert (
+        whole.kept_energy
+        == whole.total_energy
+        == pytest.approx((whole.codes.data.astype(np.float64) ** 2).sum())
+    )
+    assert whole.near_threshold == sum(part.near_threshold for part in parts)
+
+
+def test_no_rows_have_no_uncertainty_either(full_encoder):
+    found = full_encoder.encode_rows(pixels(0), EncodeOptions(uncertainty=True))
+    assert found.codes.shape == (0, 16)
+    assert len(found.gamma) == len(found.sigma) == 0
+    assert full_encoder.encode_rows(pixels(0)).gamma is None
+
+
+def test_a_gamma_too_small_for_a_float_is_stored_all_the_same(fake_encoder):
+    encoder = Encoder(Gives(code=[[3.0]], spike_logit=[[-2000.0]]), fake_encoder.manifest)
+    found = encoder.encode_rows(pixels(1), EncodeOptions(view="gamma")).codes
+    assert found.indices.tolist() == [0]
+    assert 0 < found.data[0] < 1e-37
+
+
+@pytest.mark.parametrize(
+    ("name", "value"),
+    [("spike_logit", np.nan), ("logvar", np.nan), ("logvar", np.inf), ("logvar", 400.0)],
+)
+def test_logits_and_variances_that_are_no_numbers_are_refused(fake_encoder, name, value):
+    arrays = {key: np.zeros((3, 4), np.float32) for key in ("code", "spike_logit", "logvar")}
+    arrays[name][1, 2] = value
+    manifest = dataclasses.replace(fake_encoder.manifest, latent_dim=4)
+    with pytest.raises(InputError, match=r"^row 1: model fake gives values that are not finite"):
+        Encoder(Gives(**arrays), manifest).encode_rows(pixels(3), EncodeOptions(uncertainty=True))
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"tau": 1.0}, "tau must be above 0 and below 1, not 1.0"),
+        ({"view": "mode"}, "view must be one of mean, gamma, spike, not mode"),
+        ({"max_active": 0}, "max_active must be 1 or more, not 0"),
+    ],
+)
+def test_options_that_cannot_be_are_refused_when_they_are_made(options, message):
+    with pytest.raises(UsageError, match=message):
+        EncodeOptions(**options)
+
+
+def test_provenance_says_what_the_codes_were_made_with(fake_encoder):
+    options = EncodeOptions(tau=0.7, view="gamma", max_active=9)
+    found = fake_encoder.provenance(options)
+    assert (found["tau"], found["view"], found["max_active"]) == (0.7, "gamma", 9)
+    assert "max_active" not in fake_encoder.provenance()
+
+
+def test_a_query_is_made_with_the_options_of_the_codes(full_encoder):
+    options = EncodeOptions(tau=0.7, view="gamma", max_active=2)
+    meta = json.loads(json.dumps(full_encoder.provenance(options)))
+    assert EncodeOptions.of_codes(meta) == options
+    assert EncodeOptions.of_codes({}) == PLAIN
+    with pytest.raises(UsageError, match=r"changed since they were encoded \(sign: split\)"):
+        EncodeOptions.of_codes(meta | {"sign": "split"})
+
+
+def test_a_real_graph_gives_its_uncertainty(archived_encoder):
+    rows = np.random.default_rng(0).integers(0, 256, (20, 8, 8, 1), dtype=np.uint8)
+    found = archived_encoder.encode_rows(rows, EncodeOptions(uncertainty=True))
+    assert same(found.codes, archived_encoder.encode(rows))
+    assert (found.gamma > 0.5).all()
+    assert (found.sigma > 0).all()
 
 
 # Bundles

@@ -1,55 +1,417 @@
-"""From files to codes: rows and ids stay together whatever the files are like."""
+"""From sources to codes: rows and ids stay together whatever files and workers are like."""
 
+import importlib
 import json
+from collections.abc import Iterator
 from pathlib import Path
+from types import ModuleType
+from typing import Any
 
 import numpy as np
 import pytest
 from PIL import Image
 
-from vsc_serve import pipeline
-from vsc_serve.encoder import Encoder
-from vsc_serve.errors import InputError
-from vsc_serve.images import BadImage, find_images
+from vsc_serve.bundle import open_bundle
+from vsc_serve.codes import read_codes
+from vsc_serve.encoder import PLAIN, EncodeOptions, Encoder
+from vsc_serve.errors import BundleError, InputError, Interrupted, UsageError
 from vsc_serve.pipeline import (
-    count_reasons,
-    encode_files,
+    Batch,
+    Job,
+    ThreadPool,
+    Work,
+    batches,
     errors_path,
-    require_rows,
-    write_bad_images,
+    open_pool,
+    run_job,
+    stream,
 )
+from vsc_serve.pipeline.chunks import ChunkSize
+from vsc_serve.pipeline.pool import ProcessPool
+from vsc_serve.pipeline.task import Piece, Seconds
+from vsc_serve.pipeline.work import Setup
+from vsc_serve.shards import Parts
+from vsc_serve.sources import Source, find_sources
+
+HOSTILE = '''
+import os, signal, time
+from dataclasses import dataclass
+
+@dataclass(frozen=True)
+class Killer:
+    id: str
+    def read(self):
+        os.kill(os.getpid(), signal.SIGKILL)
+
+@dataclass(frozen=True)
+class Sleeper:
+    id: str
+    def read(self):
+        time.sleep(600)
+
+@dataclass(frozen=True)
+class OnceKiller:
+    """Brings its worker down the first time only, as when memory was short."""
+    id: str
+    mark: str
+    path: str
+    def read(self):
+        if not os.path.exists(self.mark):
+            open(self.mark, "w").close()
+            os.kill(os.getpid(), signal.SIGKILL)
+        with open(self.path, "rb") as file:
+            return file.read()
+
+@dataclass(frozen=True)
+class Exhausted:
+    id: str
+    def read(self):
+        raise OSError(24, "Too many open files")
+'''
+
+
+@pytest.fixture
+def hostile(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> ModuleType:
+    """Sources that bring workers down, in a module that workers can import."""
+    folder = tmp_path / "modules"
+    folder.mkdir()
+    name = f"hostile_{tmp_path.name.replace('-', '_')}"
+    (folder / f"{name}.py").write_text(HOSTILE)
+    monkeypatch.syspath_prepend(folder)
+    return importlib.import_module(name)
+
+
+@pytest.fixture
+def pictures(tmp_path: Path) -> Path:
+    """Forty grey 4x4 pictures."""
+    folder = tmp_path / "pictures"
+    folder.mkdir()
+    rng = np.random.default_rng(1)
+    for number in range(40):
+        Image.fromarray(rng.integers(0, 256, (4, 4), np.uint8)).save(folder / f"{number:02}.png")
+    return folder
+
+
+def found(folder: Path) -> list[Source]:
+    return list(find_sources([str(folder)]))
+
+
+def threads(encoder: Encoder, workers: int = 2, options: EncodeOptions = PLAIN) -> ThreadPool:
+    return ThreadPool(Work(encoder, options), workers)
+
+
+def processes(bundle: Path, workers: int = 2, **limits: Any) -> ProcessPool:
+    setup = Setup(model=bundle, options=PLAIN, latent_dim=open_bundle(bundle).manifest.latent_dim)
+    return ProcessPool(setup, workers, **limits)
+
+
+def collect(results: Iterator[Batch]) -> tuple[list[str], bytes, list[tuple[str, str]]]:
+    """Ids, all codes as bytes, and what has no row."""
+    ids, codes, bad = [], b"", []
+    for batch in results:
+        assert len(batch.ids) == batch.rows.codes.shape[0]
+        ids += batch.ids
+        codes += batch.rows.codes.toarray().tobytes()
+        bad += batch.bad
+    return ids, codes, bad
+
+
+def run_in_threads(encoder: Encoder, sources: Iterator[Source], out: Path, **fields: Any) -> Any:
+    with threads(encoder, 1) as pool, Parts.beside(out).locked():
+        return run_job(Job(out=out, **fields), pool, sources, encoder.manifest.latent_dim)
 
 
 def test_ten_broken_files_among_a_thousand_shift_no_row(
-    fake_encoder: Encoder, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    fake_encoder: Encoder, tmp_path: Path
 ) -> None:
     rng = np.random.default_rng(0)
-    pictures = rng.integers(0, 256, (1000, 8, 8), dtype=np.uint8)
+    folder = tmp_path / "pictures"
+    folder.mkdir()
+    images = rng.integers(0, 256, (1000, 8, 8), dtype=np.uint8)
     broken = set(range(7, 1000, 100))
-    for number, pixels in enumerate(pictures):
-        path = tmp_path / f"{number:04}.png"
+    for number, pixels in enumerate(images):
+        path = folder / f"{number:04}.png"
         Image.fromarray(pixels).save(path)
         if number in broken:
             path.write_bytes(path.read_bytes()[: 40 if number % 200 else 0])
-    monkeypatch.setattr(pipeline, "CHUNK", 64)
-    encoded = encode_files(fake_encoder, find_images([tmp_path]), workers=3)
-    assert len(encoded.ids) == encoded.codes.shape[0] == 990
-    assert {bad.id for bad in encoded.bad} == {f"{number:04}.png" for number in broken}
-    numbers = [int(identity.split(".")[0]) for identity in encoded.ids]
+    out = tmp_path / "codes.npz"
+    outcome = run_in_threads(fake_encoder, iter(found(folder)), out, shard_rows=300)
+    stored = read_codes(out)
+    assert len(stored.ids) == stored.codes.shape[0] == outcome.figures.rows == 990
+    listed = [json.loads(line) for line in errors_path(out).read_text().splitlines()]
+    assert [one["id"] for one in listed] == [f"{number:04}.png" for number in sorted(broken)]
+    numbers = [int(identity.split(".")[0]) for identity in stored.ids]
     assert numbers == sorted(set(range(1000)) - broken)
-    expected = fake_encoder.encode(pictures[numbers][..., None])
-    assert encoded.codes.toarray().tobytes() == expected.toarray().tobytes()
+    expected = fake_encoder.encode(images[numbers][..., None])
+    assert stored.codes.toarray().tobytes() == expected.toarray().tobytes()
 
 
-def test_the_number_of_workers_and_the_chunk_do_not_change_the_codes(
+@pytest.mark.slow
+def test_processes_threads_and_any_chunk_give_the_same_rows(
+    tiny_bundle: Path, pictures: Path
+) -> None:
+    (pictures / "05.png").write_bytes(b"no picture")
+    encoder = Encoder.open(tiny_bundle, device="cpu")
+    kept = [source for source in found(pictures) if source.id != "05.png"]
+    pixels = np.stack([np.asarray(Image.open(pictures / one.id))[..., None] for one in kept])
+    codes = encoder.encode(pixels).toarray().tobytes()
+    expected = ([one.id for one in kept], codes)
+    for pool, size in [
+        (threads(encoder, 1), None),
+        (threads(encoder, 3), 1),
+        (processes(tiny_bundle, 1), 7),
+        (processes(tiny_bundle, 2), 3),
+    ]:
+        with pool:
+            ids, codes, bad = collect(batches(pool, iter(found(pictures)), size))
+        assert (ids, codes) == expected
+        assert [name for name, _ in bad] == ["05.png"]
+
+
+@pytest.mark.slow
+def test_a_program_gets_the_codes_of_a_folder_as_a_stream(
+    tiny_bundle: Path, pictures: Path
+) -> None:
+    ids, codes, bad = collect(stream(tiny_bundle, [pictures], device="cpu", exclude=["1*"]))
+    assert ids == [f"{number:02}.png" for number in range(40) if number // 10 != 1]
+    expected = Encoder.open(tiny_bundle, device="cpu").encode([pictures / name for name in ids])
+    assert codes == expected.toarray().tobytes()
+    assert not bad
+
+
+def test_a_stream_says_what_is_wrong_with_its_first_batch(
+    tiny_bundle: Path, tmp_path: Path
+) -> None:
+    with pytest.raises(UsageError, match="no such file or folder"):
+        next(stream(tiny_bundle, [tmp_path / "none"], device="cpu", workers=0))
+
+
+@pytest.mark.slow
+def test_a_worker_that_is_killed_costs_the_image_at_fault_and_nothing_else(
+    tiny_bundle: Path, pictures: Path, hostile: ModuleType
+) -> None:
+    sources = found(pictures)
+    with processes(tiny_bundle) as pool:
+        undisturbed = collect(batches(pool, iter(sources), 4))
+        sources.insert(9, hostile.Killer("killer.png"))
+        ids, codes, bad = collect(batches(pool, iter(sources), 4))
+    assert (ids, codes) == undisturbed[:2]
+    assert bad == [("killer.png", "brings its reader down (SIGKILL: out of memory?)")]
+
+
+@pytest.mark.slow
+def test_a_worker_that_dies_for_another_reason_costs_nothing(
+    tiny_bundle: Path, pictures: Path, hostile: ModuleType, tmp_path: Path
+) -> None:
+    sources = found(pictures)[:6]
+    path = str(pictures / "39.png")
+    sources.insert(2, hostile.OnceKiller("again.png", str(tmp_path / "mark"), path))
+    with processes(tiny_bundle, 1) as pool:
+        ids, _, bad = collect(batches(pool, iter(sources), 7))
+    assert ids == [source.id for source in sources]
+    assert not bad
+
+
+@pytest.mark.slow
+def test_a_worker_that_hangs_on_an_image_is_ended_and_the_image_left_out(
+    tiny_bundle: Path, pictures: Path, hostile: ModuleType
+) -> None:
+    sources = found(pictures)[:5]
+    sources.insert(3, hostile.Sleeper("endless.png"))
+    with processes(tiny_bundle, 1, image_limit_s=0.3) as pool:
+        ids, _, bad = collect(batches(pool, iter(sources), None))
+    assert ids == [f"{number:02}.png" for number in range(5)]
+    assert bad == [("endless.png", "brings its reader down (took over 0.3 s)")]
+
+
+@pytest.mark.slow
+def test_a_model_that_cannot_be_opened_is_the_callers_error(
+    tiny_bundle: Path, pictures: Path
+) -> None:
+    pool = processes(tiny_bundle)
+    (tiny_bundle / "encoder.onnx").write_bytes(b"changed")
+    with pool, pytest.raises(BundleError, match=r"encoder\.onnx: changed since it was exported"):
+        collect(batches(pool, iter(found(pictures)), None))
+
+
+def test_a_machine_that_fails_ends_the_run_and_is_not_taken_for_a_bad_image(
+    fake_encoder: Encoder, hostile: ModuleType
+) -> None:
+    with threads(fake_encoder) as pool, pytest.raises(InputError, match="the machine failed"):
+        collect(batches(pool, iter([hostile.Exhausted("a.png")]), None))
+
+
+def test_a_row_that_the_model_fails_on_is_left_out_alone(
     fake_encoder: Encoder, picture_folder: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    sources = find_images([picture_folder])
-    first = encode_files(fake_encoder, sources, workers=1)
-    monkeypatch.setattr(pipeline, "CHUNK", 5)
-    second = encode_files(fake_encoder, sources, workers=4)
-    assert first.ids == second.ids
-    assert first.codes.toarray().tobytes() == second.codes.toarray().tobytes()
+    sources = found(picture_folder)
+    marked = np.asarray(Image.open(picture_folder / "03.png"))
+    real = Encoder.encode_rows
+
+    def encode_rows(self: Encoder, rows: Any, options: EncodeOptions = PLAIN) -> Any:
+        for number, row in enumerate(rows):
+            if (row[..., 0] == marked).all():
+                raise InputError(f"row {number}: gives values that are not finite")
+        return real(self, rows, options)
+
+    monkeypatch.setattr(Encoder, "encode_rows", encode_rows)
+    with threads(fake_encoder) as pool:
+        ids, codes, bad = collect(batches(pool, iter(sources), 6))
+    assert bad == [("03.png", "gives values that are not finite")]
+    assert ids == [source.id for source in sources if source.id != "03.png"]
+    assert len(codes) == 11 * 16 * 4
+
+
+def test_sources_are_taken_only_a_little_ahead_of_the_codes(
+    fake_encoder: Encoder, picture_folder: Path
+) -> None:
+    taken = 0
+
+    def endless() -> Iterator[Source]:
+        nonlocal taken
+        while True:
+            taken += 1
+            yield found(picture_folder)[0]
+
+    with threads(fake_encoder, 1) as pool:
+        results = batches(pool, endless(), 1)
+        next(results)
+        assert taken <= 4
+        next(results)
+        assert taken <= 5
+
+
+@pytest.mark.slow
+def test_processes_take_only_a_few_chunks_ahead_too(tiny_bundle: Path, pictures: Path) -> None:
+    taken = 0
+
+    def endless() -> Iterator[Source]:
+        nonlocal taken
+        while True:
+            taken += 1
+            yield found(pictures)[0]
+
+    with processes(tiny_bundle, 2) as pool:
+        results = batches(pool, endless(), 1)
+        for _ in range(50):
+            next(results)
+        assert taken <= 50 + 2 * 8
+
+
+def test_an_interrupted_run_keeps_its_shards_and_goes_on_to_the_same_bytes(
+    fake_encoder: Encoder, picture_folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    (picture_folder / "04.png").write_bytes(b"")
+    whole, out = tmp_path / "whole.npz", tmp_path / "codes.npz"
+    run_in_threads(fake_encoder, iter(found(picture_folder)), whole)
+
+    def stopped() -> Iterator[Source]:
+        for number, source in enumerate(found(picture_folder)):
+            if number == 9:
+                raise KeyboardInterrupt
+            yield source
+
+    fields: dict[str, Any] = {"shard_rows": 3, "chunk_size": 1}
+    with pytest.raises(Interrupted, match=r"images are done and kept in .*codes\.npz\.parts"):
+        run_in_threads(fake_encoder, stopped(), out, **fields)
+    assert not out.exists()
+    finished = len(list(Parts.beside(out).folder.glob("part-*.json")))
+    read: list[str] = []
+    real = Work._take
+    monkeypatch.setattr(
+        Work,
+        "_take",
+        lambda self, reading, position, source: (
+            read.append(source.id),
+            real(self, reading, position, source),
+        ),
+    )
+    outcome = run_in_threads(fake_encoder, iter(found(picture_folder)), out, **fields)
+    assert outcome.resumed == 3 * finished > 0
+    assert len(read) == 12 - 3 * finished
+    assert out.read_bytes() == whole.read_bytes()
+    assert errors_path(out).read_bytes() == errors_path(whole).read_bytes()
+    assert not Parts.beside(out).folder.exists()
+
+
+def test_a_shard_whose_files_have_changed_is_made_again(
+    fake_encoder: Encoder, picture_folder: Path, tmp_path: Path
+) -> None:
+    out = tmp_path / "codes.npz"
+
+    def stopped() -> Iterator[Source]:
+        yield from found(picture_folder)[:10]
+        raise KeyboardInterrupt
+
+    fields: dict[str, Any] = {"shard_rows": 4, "chunk_size": 1}
+    with pytest.raises(Interrupted):
+        run_in_threads(fake_encoder, stopped(), out, **fields)
+    Image.fromarray(np.zeros((8, 8), np.uint8)).save(picture_folder / "01.png")
+    outcome = run_in_threads(fake_encoder, iter(found(picture_folder)), out, **fields)
+    assert outcome.resumed == 0
+    again = tmp_path / "again.npz"
+    run_in_threads(fake_encoder, iter(found(picture_folder)), again)
+    assert out.read_bytes() == again.read_bytes()
+
+
+def test_a_run_with_other_options_discards_the_shards_and_says_so(
+    fake_encoder: Encoder, picture_folder: Path, tmp_path: Path
+) -> None:
+    out = tmp_path / "codes.npz"
+
+    def stopped() -> Iterator[Source]:
+        yield from found(picture_folder)[:10]
+        raise KeyboardInterrupt
+
+    with pytest.raises(Interrupted):
+        run_in_threads(fake_encoder, stopped(), out, shard_rows=4, chunk_size=1)
+    said: list[str] = []
+    job = Job(out=out, shard_rows=4)
+    options = EncodeOptions(tau=0.3)
+    with threads(fake_encoder, 2, options) as pool, Parts.beside(out).locked():
+        outcome = run_job(
+            job,
+            pool,
+            iter(found(picture_folder)),
+            16,
+            say=lambda label, text: said.append(text),
+        )
+    assert outcome.resumed == 0
+    assert len(said) == 1
+    assert said[0].endswith("discarded: another meta")
+    assert read_codes(out).meta["tau"] == 0.3
+
+
+def test_no_readable_image_at_all_is_an_error_with_the_first_reason(
+    fake_encoder: Encoder, tmp_path: Path
+) -> None:
+    folder = tmp_path / "in"
+    folder.mkdir()
+    (folder / "a.jpg").write_bytes(b"")
+    out = tmp_path / "codes.npz"
+    with pytest.raises(InputError, match=r"none of 1 image files can be read; .* a\.jpg: empty"):
+        run_in_threads(fake_encoder, iter(found(folder)), out)
+    assert errors_path(out).exists()
+    assert not out.exists()
+
+
+def test_the_list_of_an_earlier_run_is_removed_when_every_file_can_be_read(
+    fake_encoder: Encoder, picture_folder: Path, tmp_path: Path
+) -> None:
+    out = tmp_path / "codes.npz"
+    errors_path(out).write_text("{}\n")
+    run_in_threads(fake_encoder, iter(found(picture_folder)), out)
+    assert not errors_path(out).exists()
+
+
+def test_on_error_fail_stops_at_the_first_bad_file_and_names_it(
+    fake_encoder: Encoder, picture_folder: Path, tmp_path: Path
+) -> None:
+    (picture_folder / "07.png").write_bytes(b"text")
+    out = tmp_path / "codes.npz"
+    with pytest.raises(InputError, match=r"07\.png: not an image"):
+        run_in_threads(fake_encoder, iter(found(picture_folder)), out, fails_at_once=True)
+    assert not out.exists()
 
 
 def test_progress_counts_every_file(fake_encoder: Encoder, picture_folder: Path) -> None:
@@ -60,55 +422,40 @@ def test_progress_counts_every_file(fake_encoder: Encoder, picture_folder: Path)
         def update(self, done: int, note: str = "") -> None:
             seen.append(done)
 
-    encode_files(fake_encoder, find_images([picture_folder]), report=Report())
+        def expect(self, total: int) -> None:
+            raise AssertionError
+
+    out = picture_folder.parent / "codes.npz"
+    with threads(fake_encoder) as pool, Parts.beside(out).locked():
+        run_job(Job(out=out), pool, iter(found(picture_folder)), 16, report=Report())
     assert seen[-1] == 13
 
 
-def test_reading_never_runs_far_ahead_of_the_encoder(
-    fake_encoder: Encoder, picture_folder: Path, monkeypatch: pytest.MonkeyPatch
+def test_chunks_grow_with_the_speed_and_stay_within_bounds() -> None:
+    def piece(images: int, seconds: float) -> Piece:
+        spent = Seconds(decode=seconds)
+        rows: Any = None
+        return Piece(0, rows, [], [], [""] * images, spent, [], [])
+
+    size = ChunkSize()
+    assert size.value == 16
+    size.learn(piece(16, 16 * 20e-6))
+    assert size.value == 1024
+    size.learn(piece(16, 16 * 1e-3))
+    assert size.value == 64
+    size.learn(piece(16, 16 * 1.0))
+    assert size.value == 8
+    fixed = ChunkSize(5)
+    fixed.learn(piece(16, 16 * 20e-6))
+    assert fixed.value == 5
+
+
+def test_the_default_is_one_process_for_each_usable_processor(
+    tiny_bundle: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(pipeline, "CHUNK", 1)
-    read: list[str] = []
-    real = pipeline.read_images
-    monkeypatch.setattr(
-        pipeline, "read_images", lambda sources, spec: read.append("x") or real(sources, spec)
-    )
-    chunks = pipeline._read_ahead(
-        find_images([picture_folder]), fake_encoder.manifest.pixel_spec, 1
-    )
-    next(chunks)
-    assert len(read) <= 1 + 1 * 2 + 1
-    list(chunks)
-    assert len(read) == 12
-
-
-def test_no_readable_image_at_all_is_an_error_with_the_first_reason(
-    fake_encoder: Encoder, tmp_path: Path
-) -> None:
-    (tmp_path / "a.jpg").write_bytes(b"")
-    encoded = encode_files(fake_encoder, find_images([tmp_path]))
-    with pytest.raises(
-        InputError, match=r"none of 1 image files can be read; the first: a\.jpg: empty"
-    ):
-        require_rows(encoded)
-
-
-def test_the_list_of_bad_files_is_written_and_an_old_one_removed(tmp_path: Path) -> None:
-    path = errors_path(tmp_path / "codes.npz")
-    assert path.name == "codes.errors.jsonl"
-    write_bad_images(
-        path, [BadImage("ü.jpg", "empty file (0 bytes)"), BadImage("b.jpg", "broken: x")]
-    )
-    lines = [json.loads(line) for line in path.read_text().splitlines()]
-    assert lines[0] == {"id": "ü.jpg", "reason": "empty file (0 bytes)"}
-    write_bad_images(path, [])
-    assert not path.exists()
-
-
-def test_reasons_are_counted_by_their_kind() -> None:
-    bad = [
-        BadImage("a", "broken image: x"),
-        BadImage("b", "broken image: y"),
-        BadImage("c", "empty"),
-    ]
-    assert count_reasons(bad) == [("broken image", 2), ("empty", 1)]
+    monkeypatch.setattr("vsc_serve.pipeline.open.usable_cpus", lambda: 3)
+    manifest = open_bundle(tiny_bundle).manifest
+    pool = open_pool(tiny_bundle, manifest, device="cpu")
+    assert (pool.workers, pool.kind) == (3, "processes")
+    pool = open_pool(tiny_bundle, manifest, device="cpu", workers=0)
+    assert (pool.workers, pool.kind) == (3, "threads")

@@ -459,7 +459,7 @@ def test_a_model_that_gives_no_finite_number_is_an_error_for_the_client(fake_enc
         def run(self, outputs: Any, feeds: Any) -> list[NDArray[np.float32]]:
             found = np.zeros((1, 16), np.float32)
             found[0, 3] = np.nan if feeds["image"].any() else 0
-            return [found]
+            return [found] * len(outputs)
 
     with AppClient(Encoder(Broken(), fake_encoder.manifest)) as client:
         assert_refused(client.post("/v1/encode", content=png(1)), 422, "not finite")
@@ -570,7 +570,7 @@ class Slow:
         if feeds["image"].any():  # not the warm-up
             print("encoding", flush=True)
             time.sleep(float(sys.argv[1]))
-        return [np.ones((len(feeds["image"]), 4), np.float32)]
+        return [np.ones((len(feeds["image"]), 4), np.float32)] * len(outputs)
 
 manifest = Manifest(
     name="slow", modality="image", latent_dim=4, tau=0.5, alpha=0.1, active=4.0, opset=20,

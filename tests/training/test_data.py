@@ -7,7 +7,7 @@ import pytest
 from PIL import Image
 
 from vsc_serve.errors import InputError, UsageError
-from vsc_serve.images import ImageSource
+from vsc_serve.sources import FileSource
 from vsc_training.data import choose_pixel_spec, load_examples
 
 
@@ -53,7 +53,7 @@ def test_size_and_colour_are_chosen_from_the_pictures(
     tmp_path: Path, mode: str, size: tuple[int, int], expected: str
 ) -> None:
     save_picture(tmp_path / "a.png", mode, size)
-    source = ImageSource("a.png", tmp_path / "a.png")
+    source = FileSource("a.png", str(tmp_path / "a.png"))
     assert str(choose_pixel_spec([source], None)) == expected
 
 

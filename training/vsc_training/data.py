@@ -8,7 +8,7 @@ lie on both sides.
 import hashlib
 import logging
 from collections import Counter
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Final
@@ -19,8 +19,10 @@ from PIL import UnidentifiedImageError
 
 from vsc_serve.arrays import SUFFIXES, read_rows
 from vsc_serve.errors import InputError, UsageError
-from vsc_serve.images import BadImage, ImageSource, find_images, is_junk, open_image, read_images
+from vsc_serve.images import BadImage, open_image, read_images
 from vsc_serve.preprocess import PixelSpec
+from vsc_serve.sources import Source, find_sources, is_junk
+from vsc_training.backbone import Backbone
 from vsc_training.model import DataSpec
 
 logger = logging.getLogger(__name__)
@@ -31,6 +33,11 @@ _LARGEST_NATURAL_SIDE: Final = 64
 """Pictures of one size up to this side keep it; all others become squares of this side."""
 _SIDE_STEP: Final = 8
 """Sides are cut to a multiple of this, so that convolutions can halve them."""
+_EMBEDDED_AT_ONCE: Final = 256
+"""Pictures in memory while a backbone embeds them."""
+_KEPT_PICTURES: Final = 256
+_KEPT_BYTES: Final = 32_000_000
+"""Bounds of the pictures that are kept for the export's comparison."""
 _GREY_MODES: Final = frozenset({"1", "L", "LA", "La", "I;16", "I;16B", "I;16L", "I;16N"})
 
 
@@ -48,6 +55,8 @@ class Examples:
     """Class of each row, where class folders or the file say so."""
     bad: Sequence[BadImage] = ()
     """Files that could not be read."""
+    pictures: NDArray[np.uint8] | None = None
+    """Pixels of some of the pictures, where the rows are their embeddings."""
 
     def fingerprint(self) -> str:
         """Return a digest of all rows, to tell whether a run goes on with the same data."""
@@ -97,7 +106,56 @@ def load_examples(path: Path, *, size: int | None = None) -> Examples:
     return examples
 
 
-def choose_pixel_spec(sources: Sequence[ImageSource], size: int | None) -> PixelSpec:
+def find_pictures(folder: Path) -> list[Source]:
+    """Return the image files of a folder. Raises UsageError when there is none."""
+    if not folder.is_dir():
+        raise UsageError(f"{folder}: no folder of pictures, which is what --backbone embeds.")
+    return list(find_sources([str(folder)]))
+
+
+def embed_examples(
+    folder: Path, sources: Sequence[Source], backbone: Backbone, report: Callable[[int], None]
+) -> Examples:
+    """Read the pictures of a folder as embeddings; their pixels do not stay in memory.
+
+    Args:
+        folder: Where they lie; class folders give labels.
+        sources: The pictures, as `find_pictures` gives them.
+        backbone: What embeds them.
+        report: Is told how many pictures are done.
+
+    Returns:
+        The embeddings, checked as `load_examples` checks, with the pixels of some pictures.
+
+    Raises:
+        UsageError: No usable picture.
+        InputError: The backbone gives values that are not finite, or all alike.
+    """
+    vectors, kept = [], []
+    ids: list[str] = []
+    bad: list[BadImage] = []
+    stride = -(-len(sources) // _kept_count(backbone.spec.pixel_spec))
+    for start in range(0, len(sources), _EMBEDDED_AT_ONCE):
+        chunk = sources[start : start + _EMBEDDED_AT_ONCE]
+        pixels, names, unread = read_images(chunk, backbone.spec.pixel_spec)
+        vectors.append(backbone.embed(pixels))
+        kept.append(pixels[-len(ids) % stride :: stride])
+        ids += names
+        bad += unread
+        report(start + len(chunk))
+    _require_one(folder, len(sources), ids, bad)
+    spec = DataSpec(input_dim=backbone.spec.dim, backbone=backbone.spec)
+    rows, pictures = np.concatenate(vectors), np.concatenate(kept)
+    _check_rows(folder, rows)
+    return Examples(rows, ids, spec, _checked_labels(folder, ids), bad, pictures)
+
+
+def _kept_count(spec: PixelSpec) -> int:
+    """Return how many pictures are kept for the export's comparison."""
+    return max(1, min(_KEPT_PICTURES, _KEPT_BYTES // (spec.height * spec.width * spec.channels)))
+
+
+def choose_pixel_spec(sources: Sequence[Source], size: int | None) -> PixelSpec:
     """Choose size and colour from the headers of the first pictures.
 
     Grey when all of them are grey. Their own size when all have the same one and it is at most
@@ -123,27 +181,38 @@ def choose_pixel_spec(sources: Sequence[ImageSource], size: int | None) -> Pixel
         raise UsageError(f"--size: {error}") from error
 
 
-def _read_header(source: ImageSource) -> tuple[str, tuple[int, int]] | None:
+def _read_header(source: Source) -> tuple[str, tuple[int, int]] | None:
     try:
-        with open_image(source.path) as image:
+        with open_image(source.read()) as image:
             return image.mode, image.size
     except (OSError, UnidentifiedImageError, InputError, SyntaxError, ValueError):
         return None  # read_images gives the reason when it comes to this file
 
 
 def _load_folder(folder: Path, size: int | None) -> Examples:
-    sources = find_images([folder])
+    sources = list(find_sources([str(folder)]))
     spec = choose_pixel_spec(sources, size)
     pixels, ids, bad = read_images(sources, spec)
+    _require_one(folder, len(sources), ids, bad)
+    labels = _checked_labels(folder, ids)
+    return Examples(pixels, ids, DataSpec(pixel_spec=spec), labels, bad)
+
+
+def _require_one(
+    folder: Path, source_count: int, ids: Sequence[str], bad: Sequence[BadImage]
+) -> None:
     if not ids:
         raise UsageError(
-            f"{folder}: none of {len(sources)} image files can be read; the first: {bad[0].id}:"
+            f"{folder}: none of {source_count} image files can be read; the first: {bad[0].id}:"
             f" {bad[0].reason}"
         )
+
+
+def _checked_labels(folder: Path, ids: Sequence[str]) -> NDArray[np.int64] | None:
     labels = _folder_labels(ids)
     if labels is not None:
         _refuse_empty_class(folder, ids)
-    return Examples(pixels, ids, DataSpec(pixel_spec=spec), labels, bad)
+    return labels
 
 
 def _folder_labels(ids: Sequence[str]) -> NDArray[np.int64] | None:

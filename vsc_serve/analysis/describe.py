@@ -1,4 +1,4 @@
-"""Say what a path is: a run, a bundle, or a codes file."""
+"""Say what a path is: a run, a bundle, a codes file, or a folder of them."""
 
 import json
 from pathlib import Path
@@ -6,7 +6,7 @@ from typing import Any
 
 from vsc_serve.analysis.features import feature_summary
 from vsc_serve.bundle import MANIFEST, open_bundle
-from vsc_serve.codes import read_codes
+from vsc_serve.codes import is_shard_folder, part_paths, read_codes
 from vsc_serve.errors import InputError, UsageError
 
 _RUN_SUMMARY = "run.json"
@@ -14,27 +14,31 @@ _RUN_SUMMARY = "run.json"
 
 
 def describe(path: Path) -> dict[str, Any]:
-    """Return facts about a run folder, a bundle or a codes file, by name.
+    """Return facts about a run folder, a bundle, a codes file or a folder of shards, by name.
 
     Raises:
         UsageError: Nothing there, or nothing of these.
         BundleError: A bundle that is damaged.
         InputError: A file that is damaged.
     """
+    if path.is_file() or is_shard_folder(path):
+        return _describe_codes(path)
     if (path / MANIFEST).is_file():
         return _describe_bundle(path)
     if (path / _RUN_SUMMARY).is_file():
         return _describe_run(path)
-    if path.is_file():
-        return _describe_codes(path)
     if path.exists():
-        raise UsageError(f"{path}: neither a run ({_RUN_SUMMARY}) nor a bundle ({MANIFEST})")
+        raise UsageError(
+            f"{path}: neither a run ({_RUN_SUMMARY}) nor a bundle or shards ({MANIFEST})"
+        )
     raise UsageError(f"{path}: no such file or folder. Check the path.")
 
 
 def _describe_bundle(path: Path) -> dict[str, Any]:
     manifest = open_bundle(path).manifest
     takes = str(manifest.pixel_spec) if manifest.pixel_spec else f"vectors of {manifest.input_dim}"
+    if manifest.backbone is not None:
+        takes += f", through a backbone of {manifest.backbone['dim']} dimensions"
     return {
         "kind": f"model bundle, format {manifest.format}, all digests right",
         "name": manifest.name,
@@ -68,13 +72,16 @@ def _describe_run(path: Path) -> dict[str, Any]:
 
 
 def _describe_codes(path: Path) -> dict[str, Any]:
-    stored = read_codes(path)
-    figures = feature_summary(stored.codes)
+    stored, files = read_codes(path), part_paths(path)
+    shards = f", in {len(files)} shards" if path.is_dir() else ""
+    members = ("gamma", "sigma", "digests")
+    optional = [name for name in members if getattr(stored, name) is not None]
     return {
-        "kind": f"sparse codes, format {stored.meta.get('format', 'plain scipy')}",
+        "kind": f"sparse codes, format {stored.meta.get('format', 'plain scipy')}{shards}",
         **{name: value for name, value in stored.meta.items() if name != "format"},
-        **figures,
+        **feature_summary(stored.codes),
         "entries": stored.codes.nnz,
-        "bytes": path.stat().st_size,
+        **({"also holds": ", ".join(optional)} if optional else {}),
+        "bytes": sum(file.stat().st_size for file in files),
         "first id": stored.ids[0] if stored.ids else "",
     }

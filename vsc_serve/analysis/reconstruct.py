@@ -10,6 +10,7 @@ from PIL import Image
 
 from vsc_serve.analysis.contact_sheet import draw_contact_sheet
 from vsc_serve.atomic import atomic_file, atomic_folder
+from vsc_serve.bundle import Manifest
 from vsc_serve.codes import CodeFile
 from vsc_serve.encoder import Decoder, image_spec
 from vsc_serve.errors import InputError
@@ -35,7 +36,7 @@ def write_reconstructions(
     Raises:
         InputError: The model does not draw pictures, or an id would lead out of the folder.
     """
-    image_spec(decoder.manifest)
+    _require_pictures(decoder.manifest)
     with atomic_folder(out) as folder:
         for start in range(0, len(rows), _ROWS_AT_ONCE):
             chosen = list(rows[start : start + _ROWS_AT_ONCE])
@@ -61,8 +62,10 @@ def write_contact_sheet(
         path: PNG to write.
 
     Raises:
-        InputError: An input is not under `images` any more, or cannot be read.
+        InputError: The model does not draw pictures, or an input is not under `images` any more or
+            cannot be read.
     """
+    _require_pictures(decoder.manifest)
     spec = image_spec(decoder.manifest)
     chosen = list(rows)
     ids = [stored.ids[row] for row in chosen]
@@ -73,6 +76,16 @@ def write_contact_sheet(
     assert inputs is None or inputs.shape[1:] == spec.shape
     with atomic_file(path) as file:
         sheet.save(file, "PNG")
+
+
+def _require_pictures(manifest: Manifest) -> None:
+    """Raise InputError for a model whose decoder gives vectors."""
+    image_spec(manifest)
+    if not manifest.draws_pictures:
+        raise InputError(
+            f"model {manifest.name} reads pictures through a backbone and decodes to the backbone's"
+            " vectors: there is nothing to draw. `Decoder.decode` gives the vectors."
+        )
 
 
 def to_uint8(means: NDArray[np.float32]) -> NDArray[np.uint8]:

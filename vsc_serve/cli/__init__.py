@@ -12,6 +12,7 @@ from typing import Annotated
 
 import typer
 
+from vsc_serve.cli.convert import convert
 from vsc_serve.cli.decode import decode
 from vsc_serve.cli.encode import encode
 from vsc_serve.cli.inspect import doctor, info
@@ -29,7 +30,7 @@ app = typer.Typer(
     rich_markup_mode=None,
 )
 
-for _command in (encode, decode, search, info, serve, doctor):
+for _command in (encode, decode, search, convert, info, serve, doctor):
     app.command()(_command)
 
 

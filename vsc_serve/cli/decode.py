@@ -21,7 +21,7 @@ if TYPE_CHECKING:
 
 
 def decode(
-    codes: Annotated[Path, typer.Argument(help="File that `vsc encode` wrote.")],
+    codes: Annotated[Path, typer.Argument(help="File or folder that `vsc encode` wrote.")],
     *,
     out: Annotated[Path | None, typer.Option(help="Folder for one PNG per row.")] = None,
     sheet: Annotated[
@@ -46,6 +46,7 @@ def decode(
         if path is not None:
             refuse_existing(path, force=force)
     stored = read_codes(codes)
+    _refuse_other_values(stored)
     chosen = _pick_rows(stored, rows, default_count=None if sheet is None else 10)
     bundle = find_model(model)
     decoder = Decoder.open(bundle, device=check_device(device))
@@ -60,6 +61,17 @@ def decode(
 
         write_contact_sheet(decoder, stored, rows=chosen, images=images, path=sheet)
         say("wrote", f"{sheet}  {len(chosen)} rows")
+
+
+def _refuse_other_values(stored: "CodeFile") -> None:
+    """Raise UsageError for values that are no slab means: a decoder would draw nonsense."""
+    from vsc_serve.encoder import EncodeOptions
+
+    view = EncodeOptions.of_codes(stored.meta).view
+    if view != "mean":
+        raise UsageError(
+            f"these codes hold the view {view}, which no decoder draws. Encode with --view mean."
+        )
 
 
 def _pick_rows(stored: "CodeFile", rows: str | None, default_count: int | None = None) -> range:

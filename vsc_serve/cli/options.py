@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING, Annotated, Any, Final
 import typer
 
 from vsc_serve.errors import BundleError, UsageError
+from vsc_serve.models import builtin_model
 
 if TYPE_CHECKING:
     from vsc_serve.codes import CodeFile
@@ -16,7 +17,7 @@ _DEFAULT_MODEL: Final = Path("model")
 _DEVICES: Final = ("auto", "cpu", "cuda")
 
 ModelOption = Annotated[
-    Path | None, typer.Option(help="Bundle to use (default: $VSC_MODEL, else ./model).")
+    Path | None, typer.Option(help="Bundle (default: $VSC_MODEL, ./model, the built-in one).")
 ]
 DeviceOption = Annotated[str, typer.Option(help="auto, cpu or cuda.")]
 JsonOption = Annotated[bool, typer.Option("--json", help="Print JSON to stdout.")]
@@ -24,7 +25,11 @@ ForceOption = Annotated[bool, typer.Option("--force", help="Replace the output."
 
 
 def find_model(given: Path | None) -> Path:
-    """Return the bundle to use: as given, else $VSC_MODEL, else ./model."""
+    """Return the bundle to use: as given, else $VSC_MODEL, else ./model, else the built-in one.
+
+    Raises:
+        BundleError: There is none.
+    """
     if given is not None:
         return given
     named = os.environ.get("VSC_MODEL")
@@ -32,9 +37,12 @@ def find_model(given: Path | None) -> Path:
         return Path(named)
     if _DEFAULT_MODEL.is_dir():
         return _DEFAULT_MODEL
+    builtin = builtin_model()
+    if builtin.is_dir():
+        return builtin
     raise BundleError(
-        "no model: give --model DIR, set VSC_MODEL, or make ./model with `vsc train` and `vsc"
-        " export`"
+        f"no model: the built-in one is missing ({builtin}). Give --model DIR, set VSC_MODEL, or"
+        " make ./model with `vsc train` and `vsc export`."
     )
 
 

@@ -22,7 +22,7 @@ if TYPE_CHECKING:
 
 
 def search(
-    codes: Annotated[Path, typer.Argument(help="File that `vsc encode` wrote.")],
+    codes: Annotated[Path, typer.Argument(help="File or folder that `vsc encode` wrote.")],
     like: Annotated[str, typer.Option(help="An image file, or the id of a row.")],
     *,
     top: Annotated[int, typer.Option(help="Hits to print.", min=1)] = 10,
@@ -72,9 +72,10 @@ def _query_code(stored: "CodeFile", like: str, model: Path | None, device: str) 
         return stored.codes[[stored.ids.index(like)]]
     if not path.exists():
         raise UsageError(f"--like {like}: no such file, and no row has that id")
-    from vsc_serve.encoder import Encoder
+    from vsc_serve.encoder import EncodeOptions, Encoder
 
+    options = EncodeOptions.of_codes(stored.meta)
     bundle = find_model(model)
     encoder = Encoder.open(bundle, device=check_device(device))
     refuse_other_model(stored, encoder.manifest.digest, bundle)
-    return encoder.encode([path], tau=stored.meta.get("tau"))
+    return encoder.encode_rows(encoder.read([path]), options).codes

@@ -11,8 +11,10 @@ import numpy as np
 from numpy.typing import NDArray
 
 from vsc_serve.errors import InputError, UsageError
-from vsc_serve.images import find_images, read_images
-from vsc_training.data import Examples, load_examples
+from vsc_serve.images import read_images
+from vsc_serve.sources import find_sources
+from vsc_training.backbone import Backbone
+from vsc_training.data import Examples, embed_examples, find_pictures, load_examples
 from vsc_training.model import DataSpec
 
 REFERENCE_COUNT: Final = 10_000
@@ -75,7 +77,7 @@ class Factors:
     """Their names."""
 
 
-def load_labelled(path: Path, data: DataSpec) -> Labelled:
+def load_labelled(path: Path, data: DataSpec, backbone: Backbone | None = None) -> Labelled:
     """Read rows for a model that exists.
 
     Pictures of a folder are cut and resized to what the model takes. Arrays must have its shape.
@@ -83,11 +85,14 @@ def load_labelled(path: Path, data: DataSpec) -> Labelled:
     Args:
         path: A folder of pictures, or an `.npz` or `.npy` file.
         data: What the model was fitted to.
+        backbone: What embeds pictures, for a model of embeddings.
 
     Raises:
-        UsageError: Nothing there.
+        UsageError: Nothing there, or the backbone is not the model's.
         InputError: Rows of another kind or shape, or not readable.
     """
+    if path.is_dir() and backbone is not None:
+        return _embed_folder(path, data, backbone)
     if path.is_dir():
         return _load_folder(path, data)
     examples = load_examples(path)
@@ -183,13 +188,24 @@ def load_factors(path: Path, ids: Sequence[str]) -> Factors:
     return _assemble(path, values, spikes, stored)
 
 
+def _embed_folder(path: Path, data: DataSpec, backbone: Backbone) -> Labelled:
+    if backbone.spec.dim != data.input_dim or data.backbone not in (None, backbone.spec):
+        given = f"{backbone.spec.dim} dimensions, sha256 {backbone.spec.sha256[:12]}"
+        raise UsageError(
+            f"--backbone: not the one of this model, which was fitted to {_describe(data)};"
+            f" given {given}. Give the file that it was trained with."
+        )
+    examples = embed_examples(path, find_pictures(path), backbone, lambda _done: None)
+    return Labelled(path, replace(examples, spec=data), _folder_names(examples.ids))
+
+
 def _load_folder(path: Path, data: DataSpec) -> Labelled:
     if data.pixel_spec is None:
         raise InputError(
             f"{path}: a folder, but the model was fitted to {_describe(data)}."
-            " Give an .npy or .npz file of such vectors."
+            " Give an .npy or .npz file of such vectors, or --backbone with what embeds pictures."
         )
-    sources = find_images([path])
+    sources = list(find_sources([str(path)]))
     pixels, ids, bad = read_images(sources, data.pixel_spec)
     if not ids:
         raise InputError(

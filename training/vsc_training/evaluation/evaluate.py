@@ -20,6 +20,7 @@ from torch import Tensor
 from vsc_serve.analysis.features import LIVE_SHARE
 from vsc_serve.codes import Codes, dense_to_csr, stack_codes, threshold, threshold_logit
 from vsc_serve.errors import UsageError
+from vsc_training.backbone import Backbone
 from vsc_training.checkpoint import load_checkpoint
 from vsc_training.evaluation.bounds import iwae
 from vsc_training.evaluation.dataset import (
@@ -83,6 +84,7 @@ def evaluate_run(
     *,
     reference: Path | None = None,
     factors: Path | None = None,
+    backbone: Path | None = None,
     iwae_samples: int = 50,
     taus: Sequence[float] = TAUS,
     device: torch.device,
@@ -97,6 +99,7 @@ def evaluate_run(
             training data. None splits `data` in two halves by the content of each row: the first
             is the reference of the second.
         factors: `factors.npz` with the true factors of `data`.
+        backbone: The ONNX file that embeds pictures, for a model of embeddings.
         iwae_samples: Draws of the importance-weighted bound.
         taus: Thresholds of the curve.
         device: Where to compute.
@@ -111,8 +114,9 @@ def evaluate_run(
         raise UsageError(f"iwae_samples must be at least 1, not {iwae_samples}")
     checkpoint = load_checkpoint(run)
     model = checkpoint.build_model().to(device)
-    measured = load_labelled(data, checkpoint.state.data)
-    known = load_labelled(reference, checkpoint.state.data) if reference else None
+    opened = Backbone.open(backbone) if backbone else None
+    measured = load_labelled(data, checkpoint.state.data, opened)
+    known = load_labelled(reference, checkpoint.state.data, opened) if reference else None
     true = load_factors(factors, measured.examples.ids) if factors else None
     absent = {} if true else {"factor": "no factors.npz was given"}
     feed = Feed.of(measured.examples.rows, device)

@@ -1,0 +1,102 @@
+"""Generated pictures with the statistics of photographs, and folders full of them."""
+
+import io
+import os
+from dataclasses import dataclass
+from itertools import pairwise
+from pathlib import Path
+
+import numpy as np
+from numpy.typing import NDArray
+from PIL import Image
+
+QUALITIES = (75, 80, 85, 90, 95)
+
+
+@dataclass(frozen=True)
+class PictureSet:
+    """One kind of picture, and how many a measurement takes."""
+
+    name: str
+    width: int
+    height: int
+    model: str
+    """`mlp` or `conv`."""
+    is_png: bool
+    distinct: int
+    """Pictures that are made; the others are further names of these."""
+    count: int
+    """Pictures of a measurement."""
+
+    @property
+    def ending(self) -> str:
+        """What file names end with."""
+        return ".png" if self.is_png else ".jpg"
+
+
+SETS = (
+    PictureSet("28x28 PNG, MLP", 28, 28, is_png=True, distinct=2000, count=60_000, model="mlp"),
+    PictureSet("64x64 JPEG, conv", 64, 64, is_png=False, distinct=1000, count=12_000, model="conv"),
+    PictureSet(
+        "512x512 JPEG, conv", 512, 512, is_png=False, distinct=500, count=6000, model="conv"
+    ),
+    PictureSet(
+        "1024x768 JPEG, conv", 1024, 768, is_png=False, distinct=250, count=3000, model="conv"
+    ),
+)
+
+
+def make_folder(folder: Path, pictures: PictureSet, count: int) -> None:
+    """Fill a folder with pictures, a thousand to a sub-folder; most are hard links."""
+    rng = np.random.default_rng(0)
+    made: list[Path] = []
+    for number in range(count):
+        path = (
+            folder / f"{number // 1000:04}" / f"{number:07}.{'png' if pictures.is_png else 'jpg'}"
+        )
+        if number % 1000 == 0:
+            path.parent.mkdir(parents=True)
+        if number < pictures.distinct:
+            path.write_bytes(encode_picture(pictures, rng))
+            made.append(path)
+        else:
+            os.link(made[number % len(made)], path)
+
+
+def encode_picture(pictures: PictureSet, rng: np.random.Generator) -> bytes:
+    """Return the bytes of one generated file."""
+    file = io.BytesIO()
+    if pictures.is_png:
+        Image.fromarray(draw_digit(pictures.width, rng)).save(file, "PNG")
+    else:
+        image = Image.fromarray(draw_scene(pictures.width, pictures.height, rng))
+        image.save(file, "JPEG", quality=int(rng.choice(QUALITIES)))
+    return file.getvalue()
+
+
+def draw_digit(side: int, rng: np.random.Generator) -> NDArray[np.uint8]:
+    """Draw a few thick strokes on black, as a scanned digit has."""
+    y, x = np.mgrid[:side, :side] / side
+    ink = np.zeros((side, side))
+    points = rng.uniform(0.2, 0.8, (4, 2))
+    for start, end in pairwise(points):
+        for step in np.linspace(0, 1, 12):
+            place = start + (end - start) * step
+            ink = np.maximum(ink, 1.3 - 260 * ((x - place[0]) ** 2 + (y - place[1]) ** 2))
+    return (ink.clip(0, 1) * 255).astype(np.uint8)
+
+
+def draw_scene(width: int, height: int, rng: np.random.Generator) -> NDArray[np.uint8]:
+    """Draw noise whose amplitude falls as 1/f, as in photographs, with a few hard edges."""
+    frequency = np.hypot(*np.meshgrid(np.fft.rfftfreq(width), np.fft.fftfreq(height)))
+    amplitude = 1 / np.maximum(frequency, 1 / max(width, height)) ** 1.15
+    planes = []
+    for _ in range(3):
+        phase = np.exp(2j * np.pi * rng.random(frequency.shape))
+        plane = np.fft.irfft2(amplitude * phase, s=(height, width))
+        planes.append(plane / plane.std())
+    scene = np.stack([planes[0] + 0.35 * plane for plane in planes], axis=-1)
+    for _ in range(6):
+        left, top = int(rng.integers(width)), int(rng.integers(height))
+        scene[top : top + height // 3, left : left + width // 3] += rng.normal(0, 0.8, 3)
+    return (127 + 48 * scene).clip(0, 255).astype(np.uint8)

@@ -1,0 +1,213 @@
+"""Whole requests without a command line: updates, shares, folders, arrays."""
+
+from contextlib import AbstractContextManager, nullcontext
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+from PIL import Image
+
+from vsc_serve.codes import CodeFile, CodeRows, dense_to_csr, join_codes, read_codes
+from vsc_serve.console import Progress
+from vsc_serve.encoder import EncodeOptions, Encoder
+from vsc_serve.errors import InputError, UsageError
+from vsc_serve.pipeline import OldCodes, Outcome, Request, encode_to_file, plan
+from vsc_serve.pipeline.known import KnownDigests, save_digests
+
+
+class Silence:
+    def update(self, done: int, note: str = "") -> None:
+        pass
+
+    def expect(self, total: int) -> None:
+        pass
+
+
+def show(unit: str) -> AbstractContextManager[Progress]:
+    return nullcontext(Silence())
+
+
+@pytest.fixture
+def pictures(tmp_path: Path) -> Path:
+    """Forty grey 4x4 pictures, the tenth of them broken."""
+    folder = tmp_path / "pictures"
+    folder.mkdir()
+    rng = np.random.default_rng(1)
+    for number in range(40):
+        Image.fromarray(rng.integers(0, 256, (4, 4), np.uint8)).save(folder / f"{number:02}.png")
+    (folder / "09.png").write_bytes(b"")
+    return folder
+
+
+class Runs:
+    """Encodes a folder, in threads."""
+
+    def __init__(self, bundle: Path, pictures: Path) -> None:
+        self.bundle, self.pictures = bundle, pictures
+        self.said: list[str] = []
+
+    def request(self, out: Path, **fields: Any) -> Request:
+        given = {"inputs": [str(self.pictures)], "workers": 0, "shard_rows": 15} | fields
+        return Request(out=out, model=self.bundle, device="cpu", **given)
+
+    def __call__(self, out: Path, **fields: Any) -> Outcome:
+        self.said.clear()
+        outcome, _, _ = encode_to_file(
+            self.request(out, **fields),
+            say=lambda label, text: self.said.append(f"{label}: {text}"),
+            show=show,
+        )
+        return outcome
+
+
+@pytest.fixture
+def run(tiny_bundle: Path, pictures: Path) -> Runs:
+    return Runs(tiny_bundle, pictures)
+
+
+def change(folder: Path) -> None:
+    """Remove, rename, change and add a picture."""
+    (folder / "03.png").unlink()
+    (folder / "07.png").rename(folder / "moved.png")
+    Image.fromarray(np.full((4, 4), 77, np.uint8)).save(folder / "11.png")
+    Image.fromarray(np.full((4, 4), 78, np.uint8)).save(folder / "20a.png")
+
+
+@pytest.mark.parametrize("name", ["codes.npz", "codes"])
+def test_update_encodes_only_new_and_changed_files_and_drops_what_is_gone(
+    run: Runs, tmp_path: Path, name: str
+) -> None:
+    out, fresh = tmp_path / name, tmp_path / f"fresh-{name}"
+    options = {"is_update": True}
+    first = run(out, **options)
+    assert (first.figures.rows, first.figures.fresh) == (39, 39)
+    assert run.said[-1].endswith("is not there yet")
+    second = run(out, **options)
+    assert (second.figures.rows, second.figures.fresh, second.bad) == (39, 0, 1)
+    change(run.pictures)
+    third = run(out, **options)
+    assert (third.figures.rows, third.figures.fresh) == (39, 2)
+    run(fresh, **options)
+    if out.is_dir():
+        for path in fresh.iterdir():
+            assert (out / path.name).read_bytes() == path.read_bytes(), path.name
+    else:
+        assert out.read_bytes() == fresh.read_bytes()
+    plain = tmp_path / "plain.npz"
+    run(plain)
+    assert (read_codes(plain).codes != read_codes(out).codes).nnz == 0
+
+
+def test_old_and_fresh_rows_come_in_their_order_with_what_belongs_to_them() -> None:
+    dense = np.random.default_rng(0).normal(size=(9, 5)).astype(np.float32)
+    dense[np.random.default_rng(1).random(dense.shape) < 0.6] = 0.0
+
+    def rows(chosen: list[int]) -> CodeRows:
+        codes = dense_to_csr(dense[chosen])
+        return CodeRows(codes=codes, gamma=codes.data * 2, sigma=codes.data * 3)
+
+    old_rows, fresh = [0, 1, 2, 3, 4], [5, 6, 7, 8]
+    stored = rows(old_rows)
+    old = OldCodes(CodeFile(stored.codes, [], {}, stored.gamma, stored.sigma, []))
+    merged = old.merge(rows(fresh), [4, -1, -1, 0, 0, -1, 2, -1])
+    expected = dense[[4, 5, 6, 0, 0, 7, 2, 8]]
+    np.testing.assert_array_equal(merged.codes.toarray(), expected)
+    np.testing.assert_array_equal(merged.gamma, expected[expected != 0] * 2)
+    np.testing.assert_array_equal(merged.sigma, expected[expected != 0] * 3)
+
+
+def test_a_digest_is_found_among_others_that_begin_alike(tmp_path: Path) -> None:
+    digests = ["00" * 8 + f"{number:02x}" * 24 for number in range(9)] + ["ff" * 32]
+    save_digests(tmp_path / "known.npy", digests)
+    known = KnownDigests.load(tmp_path / "known.npy")
+    assert [known.row_of(bytes.fromhex(digest)) for digest in digests] == list(range(10))
+    assert known.row_of(b"\x00" * 31 + b"\x01") == -1
+    assert known.row_of(b"\x77" * 32) == -1
+
+
+def test_update_encodes_everything_when_the_old_codes_cannot_serve(
+    run: Runs, tmp_path: Path
+) -> None:
+    out = tmp_path / "codes.npz"
+    run(out)
+    outcome = run(out, is_update=True)
+    assert outcome.figures.fresh == 39
+    assert "was made without --update" in run.said[-1]
+    outcome = run(out, is_update=True, options=EncodeOptions(tau=0.3))
+    assert outcome.figures.fresh == 39
+    assert "has another tau: 0.5" in run.said[-1]
+
+
+def test_shares_of_several_machines_joined_are_the_whole(run: Runs, tmp_path: Path) -> None:
+    whole = tmp_path / "whole.npz"
+    run(whole)
+    outs = [tmp_path / f"{number}.npz" for number in (1, 2, 3)]
+    for number, out in enumerate(outs, 1):
+        run(out, share=(number, 3))
+    assert [len(read_codes(out).ids) for out in outs] == [12, 13, 14]
+    join_codes(outs, tmp_path / "all.npz", read_codes(whole).meta)
+    assert (tmp_path / "all.npz").read_bytes() == whole.read_bytes()
+    with pytest.raises(UsageError, match="--shard 1/99: 40 images leave nothing for this share"):
+        run(tmp_path / "none.npz", share=(1, 99))
+
+
+def test_a_folder_as_output_keeps_the_shards(run: Runs, tmp_path: Path) -> None:
+    out, whole = tmp_path / "codes", tmp_path / "whole.npz"
+    run(out)
+    run(whole)
+    names = ["errors.jsonl", "manifest.json", *(f"part-0000{number}.npz" for number in range(3))]
+    assert sorted(path.name for path in out.iterdir()) == names
+    stored, expected = read_codes(out), read_codes(whole)
+    assert stored.ids == expected.ids
+    assert stored.codes.toarray().tobytes() == expected.codes.toarray().tobytes()
+
+
+def test_the_size_of_shards_does_not_change_the_bytes(run: Runs, tmp_path: Path) -> None:
+    for rows in (7, 1000):
+        run(tmp_path / f"{rows}.npz", shard_rows=rows, batch_size=3)
+    files = {(tmp_path / f"{rows}.npz").read_bytes() for rows in (7, 1000)}
+    assert len(files) == 1
+
+
+def test_an_array_goes_the_same_way_as_its_pictures(run: Runs, tmp_path: Path) -> None:
+    pixels = np.random.default_rng(0).integers(0, 256, (37, 4, 4), np.uint8)
+    np.save(tmp_path / "images.npy", pixels)
+    run(tmp_path / "codes.npz", inputs=[str(tmp_path / "images.npy")], shard_rows=10)
+    stored = read_codes(tmp_path / "codes.npz")
+    assert stored.ids == [str(number) for number in range(37)]
+    expected = Encoder.open(run.bundle, device="cpu").encode(pixels[..., None])
+    assert stored.codes.toarray().tobytes() == expected.toarray().tobytes()
+
+
+def test_an_output_of_unknown_kind_is_refused(run: Runs, tmp_path: Path) -> None:
+    with pytest.raises(UsageError, match=r"must end in \.npz or \.parquet, or be a folder"):
+        run.request(tmp_path / "codes.csv")
+    with pytest.raises(UsageError, match="--update works on"):
+        run.request(tmp_path / "codes.parquet", is_update=True)
+
+
+def test_a_plan_counts_and_writes_nothing(run: Runs, tmp_path: Path) -> None:
+    (run.pictures / "notes.txt").write_text("x")
+    out = tmp_path / "codes.npz"
+    scan, finished, _ = plan(run.request(out))
+    assert (scan.sources, sum(scan.skipped.values()), finished) == (40, 1, 0)
+    assert not out.exists()
+    assert not (tmp_path / "codes.npz.parts").exists()
+
+
+def test_strict_writes_the_list_and_no_codes(run: Runs, tmp_path: Path) -> None:
+    out = tmp_path / "codes.npz"
+    with pytest.raises(InputError, match="--strict: 1 of 40 files cannot be read"):
+        run(out, is_strict=True)
+    assert not out.exists()
+    assert "09.png" in (tmp_path / "codes.errors.jsonl").read_text()
+
+
+def test_zero_images_is_an_error_that_says_what_was_looked_for(run: Runs, tmp_path: Path) -> None:
+    empty = tmp_path / "empty"
+    empty.mkdir()
+    (empty / "a.txt").write_text("x")
+    with pytest.raises(UsageError, match=r"no image found.*\.jpeg"):
+        run(tmp_path / "codes.npz", inputs=[str(empty)])
+    assert not (tmp_path / "codes.npz.parts").exists()

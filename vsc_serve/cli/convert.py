@@ -1,0 +1,85 @@
+"""`vsc convert`: codes in the formats of other tools."""
+
+import os
+import sys
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, BinaryIO
+
+import typer
+
+from vsc_serve.cli.options import ForceOption
+from vsc_serve.console import progress, say
+
+if TYPE_CHECKING:
+    from vsc_serve.convert import Planned
+
+_STDOUT = Path("-")
+
+
+def convert(
+    codes: Annotated[
+        list[Path], typer.Argument(help="Files that `vsc encode` wrote, or folders of shards.")
+    ],
+    to: Annotated[
+        str,
+        typer.Option(
+            help="jsonl, parquet, npz, h5ad, bigann, anserini, elasticsearch, opensearch, pgvector"
+            " or qdrant."
+        ),
+    ],
+    *,
+    out: Annotated[
+        Path, typer.Option(help="File to write; - is stdout, for formats of lines.")
+    ] = _STDOUT,
+    sign: Annotated[
+        str, typer.Option(help="Negative values: auto (split where needed), split, keep or error.")
+    ] = "auto",
+    field: Annotated[
+        str, typer.Option(help="Field of elasticsearch, opensearch and qdrant.")
+    ] = "code",
+    scale: Annotated[float, typer.Option(help="Factor before rounding, for anserini.")] = 100.0,
+    compress: Annotated[
+        bool, typer.Option("--compress", help="Deflate the numbers of npz.")
+    ] = False,
+    force: ForceOption = False,
+) -> None:
+    """Write codes in the format of another tool."""
+    from vsc_serve.atomic import refuse_existing
+    from vsc_serve.convert import Options, plan, require_lines, write_file
+
+    if out == _STDOUT:
+        require_lines(to)
+    else:
+        refuse_existing(out, force=force)
+    options = Options(
+        sign=sign,  # type: ignore[arg-type]  # checked there
+        field=field,
+        scale=scale,
+        compress=compress,
+    )
+    planned = plan(codes, to=to, options=options)
+    for note in planned.notes:
+        say("note", note)
+    with progress("convert", planned.facts.rows, "rows") as shown:
+        if out == _STDOUT:
+            _write_stdout(planned)
+            return
+        write_file(planned, out, report=shown)
+    say(
+        "wrote",
+        f"{out}  {planned.facts.rows:,} rows, {planned.facts.entries:,} entries,"
+        f" {planned.facts.empty_rows} empty rows, {out.stat().st_size / 1e3:,.0f} kB",
+    )
+
+
+def _write_stdout(planned: "Planned") -> None:
+    """Write to stdout. A reader that goes away early, like `head`, is no error."""
+    from vsc_serve.convert import write_lines
+
+    stdout: BinaryIO = sys.stdout.buffer
+    try:
+        write_lines(planned, stdout)
+        stdout.flush()
+    except BrokenPipeError:
+        # What Python would write when it ends goes nowhere.
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())

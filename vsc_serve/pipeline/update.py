@@ -1,0 +1,91 @@
+"""Codes of an earlier run, so that only new and changed pictures are encoded again."""
+
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any, Final
+
+import numpy as np
+from numpy.typing import NDArray
+
+from vsc_serve.codes import CodeFile, CodeRows, build_csr, read_codes, stack_rows
+from vsc_serve.encoder import EncodeOptions
+from vsc_serve.pipeline.known import save_digests
+
+_SAME: Final = ("model_digest", "tau", "view", "max_active", "engine")
+
+
+class OldCodes:
+    """The rows of an earlier codes file.
+
+    Args:
+        stored: What it holds, with digests.
+    """
+
+    def __init__(self, stored: CodeFile) -> None:
+        self._rows = CodeRows(codes=stored.codes, gamma=stored.gamma, sigma=stored.sigma)
+        self._digests = stored.digests or []
+
+    def save_digests(self, path: Path) -> None:
+        """Write the digests for the workers."""
+        save_digests(path, self._digests)
+
+    def merge(self, fresh: CodeRows, old_rows: Sequence[int]) -> CodeRows:
+        """Put fresh and old rows in their order.
+
+        Args:
+            fresh: Rows that were just made.
+            old_rows: For each row wanted, the old one it repeats, or -1 for the next fresh one.
+        """
+        wanted = np.array(old_rows, np.int64)
+        is_old = wanted >= 0
+        both = stack_rows([fresh, take_rows(self._rows, wanted[is_old])], fresh.codes.shape[1])
+        order = np.empty(len(wanted), np.int64)
+        order[~is_old] = np.arange(fresh.codes.shape[0])
+        order[is_old] = fresh.codes.shape[0] + np.arange(int(is_old.sum()))
+        return take_rows(both, order)
+
+
+def open_old(
+    path: Path, provenance: dict[str, Any], options: EncodeOptions
+) -> tuple[OldCodes | None, str]:
+    """Open the codes that are to be updated.
+
+    Args:
+        path: Codes file or folder of shards; need not be there.
+        provenance: What the new codes come from.
+        options: How they are encoded.
+
+    Returns:
+        The old codes; or None, and why all is encoded.
+
+    Raises:
+        InputError: What is there is no codes file.
+    """
+    if not path.exists():
+        return None, f"{path} is not there yet"
+    stored = read_codes(path)
+    if stored.digests is None:
+        return None, f"{path} was made without --update and has no digests"
+    for name in _SAME:
+        if stored.meta.get(name) != provenance.get(name):
+            return None, f"{path} has another {name}: {stored.meta.get(name)}"
+    if (stored.gamma is not None) != options.uncertainty:
+        return None, f"{path} was made {'without' if options.uncertainty else 'with'} --uncertainty"
+    return OldCodes(stored), ""
+
+
+def take_rows(rows: CodeRows, order: NDArray[np.int64]) -> CodeRows:
+    """Return the given rows in the given order; the counts stay those of all rows."""
+    codes = rows.codes
+    lengths = np.diff(codes.indptr)[order]
+    bounds = np.zeros(len(order) + 1, np.int64)
+    np.cumsum(lengths, out=bounds[1:])
+    entries = np.repeat(codes.indptr[:-1][order] - bounds[:-1], lengths) + np.arange(bounds[-1])
+    return CodeRows(
+        codes=build_csr(codes.data[entries], codes.indices[entries], bounds, codes.shape[1]),
+        gamma=None if rows.gamma is None else rows.gamma[entries],
+        sigma=None if rows.sigma is None else rows.sigma[entries],
+        near_threshold=rows.near_threshold,
+        kept_energy=rows.kept_energy,
+        total_energy=rows.total_energy,
+    )

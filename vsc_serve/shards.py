@@ -1,0 +1,210 @@
+"""The work in progress of a run: shards in a folder beside the output, each whole or not there.
+
+A shard is a codes file and a record; the record is written last, so a shard with a record is
+complete. `run.json` says what the run is. The same run finds its shards again after any
+interruption; another run discards them. At the end they become the output.
+"""
+
+import hashlib
+import json
+import os
+import shutil
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager, suppress
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any, Final, Self
+
+from vsc_serve.atomic import atomic_file
+from vsc_serve.codes import SHARD_FORMAT, SHARD_LIST, CodeRows, write_codes
+from vsc_serve.errors import InputError, UsageError
+
+SHARD_ROWS: Final = 100_000
+"""Sources in a shard."""
+
+_FORMAT: Final = 1
+_RUN: Final = "run.json"
+_LOCK: Final = "lock"
+
+
+@dataclass(frozen=True, kw_only=True)
+class ShardRecord:
+    """What is known of a finished shard."""
+
+    rows: int
+    sources: int
+    """Rows and sources without one."""
+    fingerprint: str
+    """Digest of the sources: ids, sizes, times."""
+    sha256: str
+    """Digest of the codes file."""
+    bad: list[tuple[str, str]]
+    """Id and reason of each source without a row."""
+    figures: dict[str, Any]
+    """What the closing summary adds up."""
+
+
+class Fingerprint:
+    """Digest of a sequence of sources."""
+
+    def __init__(self) -> None:
+        self._digest = hashlib.sha256()
+
+    def add(self, ids: Sequence[str], stamps: Sequence[str]) -> None:
+        """Add sources by their ids, and by what changes when they do."""
+        lines = [f"{name}\0{stamp}\n" for name, stamp in zip(ids, stamps, strict=True)]
+        self._digest.update("".join(lines).encode("utf-8", "surrogatepass"))
+
+    def value(self) -> str:
+        """Return the digest of what was added so far."""
+        return self._digest.hexdigest()
+
+
+class Parts:
+    """The folder of a run's shards.
+
+    Args:
+        folder: Where it is.
+    """
+
+    def __init__(self, folder: Path) -> None:
+        self.folder = folder
+
+    @classmethod
+    def beside(cls, out: Path) -> Self:
+        """Return the parts of a run that writes `out`: `codes.npz` gives `codes.npz.parts`."""
+        return cls(out.with_name(f"{out.name}.parts"))
+
+    @contextmanager
+    def locked(self) -> Iterator[None]:
+        """Make the folder and keep other runs out of it.
+
+        Raises:
+            UsageError: Another run is at work there.
+            InputError: The folder cannot be made.
+        """
+        try:
+            self.folder.mkdir(parents=True, exist_ok=True)
+            lock = os.open(self.folder / _LOCK, os.O_RDWR | os.O_CREAT, 0o666)
+        except OSError as error:
+            raise InputError(f"{self.folder}: cannot be written ({error.strerror}).") from error
+        try:
+            _take(lock, self.folder)
+            yield
+        finally:
+            os.close(lock)
+
+    def begin(self, run: dict[str, Any]) -> list[str]:
+        """Say what the run is, and discard the shards of another one.
+
+        Returns:
+            What differs from the run whose shards were discarded; empty when nothing was.
+        """
+        run = json.loads(json.dumps(run | {"format": _FORMAT}))
+        earlier = self._read(self.folder / _RUN)
+        if earlier == run:
+            return []
+        differing = sorted(name for name in run if earlier.get(name) != run[name])
+        had_shards = any(self.folder.glob("part-*.json"))
+        for path in self.folder.glob("part-*"):
+            path.unlink()
+        _write_json(self.folder / _RUN, run)
+        return differing if had_shards else []
+
+    def is_of(self, run: dict[str, Any]) -> bool:
+        """Tell whether the folder holds the shards of a run that is described by at least this."""
+        stored = self._read(self.folder / _RUN)
+        wanted = json.loads(json.dumps(run))
+        return bool(stored) and all(stored.get(name) == wanted[name] for name in wanted)
+
+    def record(self, number: int) -> ShardRecord | None:
+        """Return the record of a shard, None when it is not finished."""
+        stored = self._read(self._path(number, "json"))
+        if not stored or not self._path(number, "npz").is_file():
+            return None
+        return ShardRecord(**stored | {"bad": [(name, why) for name, why in stored["bad"]]})
+
+    def write(
+        self,
+        number: int,
+        rows: CodeRows,
+        ids: Sequence[str],
+        digests: Sequence[str] | None,
+        meta: dict[str, Any],
+        **facts: Any,
+    ) -> ShardRecord:
+        """Write a shard and its record.
+
+        Args:
+            number: Its place, from 0.
+            rows: Codes.
+            ids: One per row.
+            digests: One per row, if they are kept.
+            meta: Provenance.
+            **facts: Fields of the record.
+
+        Raises:
+            InputError: It cannot be written (disk full, no permission).
+        """
+        path = self._path(number, "npz")
+        self._path(number, "json").unlink(missing_ok=True)
+        write_codes(
+            path, rows.codes, ids, meta, gamma=rows.gamma, sigma=rows.sigma, digests=digests
+        )
+        with path.open("rb") as file:
+            sha256 = hashlib.file_digest(file, "sha256").hexdigest()
+        record = ShardRecord(rows=len(ids), sha256=sha256, **facts)
+        _write_json(self._path(number, "json"), asdict(record))
+        return record
+
+    def paths(self, count: int) -> list[Path]:
+        """Return the files of the first `count` shards."""
+        return [self._path(number, "npz") for number in range(count)]
+
+    def keep(self, records: Sequence[ShardRecord], out: Path, also: str | None = None) -> None:
+        """Make the folder itself the output: shards, their list, the file `also`, nothing else."""
+        shards = [
+            {"file": self._path(number, "npz").name, "rows": record.rows, "sha256": record.sha256}
+            for number, record in enumerate(records)
+        ]
+        _write_json(self.folder / SHARD_LIST, {"format": SHARD_FORMAT, "shards": shards})
+        wanted = {SHARD_LIST, also, *(str(shard["file"]) for shard in shards)}
+        for path in self.folder.iterdir():
+            if path.name not in wanted:
+                path.unlink()
+        if out.is_dir():
+            shutil.rmtree(out)
+        self.folder.rename(out)
+
+    def remove(self) -> None:
+        """Remove the folder and what is in it."""
+        shutil.rmtree(self.folder, ignore_errors=True)
+
+    def _path(self, number: int, ending: str) -> Path:
+        return self.folder / f"part-{number:05}.{ending}"
+
+    def _read(self, path: Path) -> dict[str, Any]:
+        """Read a JSON object; one that is missing or damaged is empty."""
+        with suppress(OSError, ValueError):
+            stored = json.loads(path.read_text(encoding="utf-8"))
+            if isinstance(stored, dict):
+                return stored
+        return {}
+
+
+def _write_json(path: Path, content: dict[str, Any]) -> None:
+    with atomic_file(path) as file:
+        file.write((json.dumps(content, sort_keys=True) + "\n").encode())
+
+
+def _take(lock: int, folder: Path) -> None:
+    try:
+        import fcntl
+    except ImportError:  # a system without it: two runs at once are the user's affair
+        return
+    try:
+        fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except OSError:
+        raise UsageError(
+            f"{folder}: another run is writing there. Wait for it, or choose another --out."
+        ) from None

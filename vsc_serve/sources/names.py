@@ -1,0 +1,149 @@
+"""What a name says: whether a file is looked at, passed over as junk, or left out on request."""
+
+import re
+from collections import Counter
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from fnmatch import translate
+from typing import Final, Literal
+
+Ids = Literal["relative", "absolute", "name"]
+"""What a row is called: path within the input, whole path, or the last part of the path."""
+
+IMAGE_SUFFIXES: Final = frozenset(
+    {
+        *(".apng", ".avif", ".bmp", ".dib", ".gif", ".heic", ".heif", ".hif", ".j2k", ".jfif"),
+        *(".jp2", ".jpe", ".jpeg", ".jpg", ".pbm", ".pgm", ".png", ".pnm", ".ppm", ".tga"),
+        *(".tif", ".tiff", ".webp"),
+    }
+)
+"""File name endings that are looked for in folders. A file named on its own is always tried."""
+
+TAR_SUFFIXES: Final = (".tar", ".tar.gz", ".tgz", ".tar.bz2", ".tar.xz", ".tar.zst")
+"""Endings of tar archives, plain and compressed."""
+
+CONTAINER_SUFFIXES: Final = (*TAR_SUFFIXES, ".zip", ".parquet")
+"""Endings of files that hold many pictures."""
+
+_JUNK_FOLDERS: Final = frozenset(
+    {
+        "__MACOSX",
+        "@eaDir",
+        "$RECYCLE.BIN",
+        "System Volume Information",
+        "lost+found",
+        "node_modules",
+    }
+)
+
+
+def is_image_name(name: str) -> bool:
+    """Tell whether a file name ends like a picture's."""
+    return ending(name) in IMAGE_SUFFIXES
+
+
+def is_array(path: str) -> bool:
+    """Tell whether an input is a numpy file of rows, which `vsc_serve.arrays` reads."""
+    return path.endswith((".npy", ".npz"))
+
+
+def is_container_name(name: str) -> bool:
+    """Tell whether a file name ends like an archive's or a table's of pictures."""
+    return name.lower().endswith(CONTAINER_SUFFIXES)
+
+
+def ending(name: str) -> str:
+    """Return the ending of a name in small letters with its dot, or nothing."""
+    stem, dot, last = name.rpartition(".")
+    return dot + last.lower() if stem else ""
+
+
+def is_junk(name: str) -> bool:
+    """Tell whether a folder is passed over: hidden, or made by a system for itself."""
+    return name.startswith(".") or name in _JUNK_FOLDERS
+
+
+def why_junk(relative: str) -> str | None:
+    """Say why a path inside an archive is passed over, or None."""
+    *folders, name = relative.split("/")
+    if any(is_junk(folder) for folder in folders if folder not in ("", ".", "..")):
+        return "in a hidden or junk folder"
+    return "hidden" if name.startswith(".") else None
+
+
+@dataclass(frozen=True, slots=True)
+class Naming:
+    """How the pictures below one input are called."""
+
+    prefix: str
+    """Goes before the path inside the input: nothing, or the input as it was given and `/`."""
+    top: str
+    """The input's whole path, without `/` at its end."""
+    ids: Ids
+
+    def id_of(self, relative: str) -> str:
+        """Return the id of a picture from its path inside the input."""
+        if self.ids == "absolute":
+            return f"{self.top}/{relative}"
+        return self.prefix + relative if self.ids == "relative" else relative.rpartition("/")[2]
+
+    def id_of_archive(self, place: str) -> str:
+        """Return the id of an archive or table itself, when it cannot be read."""
+        return self.top if self.ids == "absolute" else place
+
+    def within(self, relative: str) -> "Naming":
+        """Return the naming of what is inside an archive that lies inside the input."""
+        return Naming(f"{self.prefix}{relative}/", f"{self.top}/{relative}", self.ids)
+
+
+class Choice:
+    """Which names are left out, and a count of what was passed over and why.
+
+    Args:
+        exclude: Shell patterns (`*` matches `/` too). One without `/` is also tried on each part of
+            a path.
+        on_skip: Told the relative path and the reason of everything that is passed over.
+    """
+
+    def __init__(
+        self, exclude: Sequence[str] = (), on_skip: Callable[[str, str], None] | None = None
+    ) -> None:
+        self._paths = _compile(exclude)
+        self._names = _compile([pattern for pattern in exclude if "/" not in pattern])
+        self._on_skip = on_skip
+        self.skipped: Counter[str] = Counter()
+
+    def excludes(self, path: str) -> bool:
+        """Tell whether a pattern matches this path or its last part; its folders are not tried."""
+        if self._paths is None:
+            return False
+        path = path.rstrip("/")
+        name = path.rpartition("/")[2]
+        return bool(self._paths(path) or (self._names and self._names(name)))
+
+    def excludes_any(self, path: str) -> bool:
+        """Tell whether a pattern matches this path or a folder that it lies in."""
+        if self._paths is None:
+            return False
+        ends = [place for place, letter in enumerate(path) if letter == "/"]
+        return any(self.excludes(path[:end]) for end in [*ends, len(path)] if end)
+
+    def without_report(self) -> "Choice":
+        """Return the same choice for a second search, which tells nobody what it passes over."""
+        quiet = Choice()
+        quiet._paths, quiet._names = self._paths, self._names
+        return quiet
+
+    def skip(self, path: str, why: str) -> None:
+        """Count and report something that is passed over."""
+        self.skipped[why] += 1
+        if self._on_skip is not None:
+            self._on_skip(path, why)
+
+
+def _compile(patterns: Sequence[str]) -> Callable[[str], re.Match[str] | None] | None:
+    """Return one matcher for all the patterns, or None without any."""
+    cleaned = [pattern.rstrip("/") for pattern in patterns if pattern.rstrip("/")]
+    if not cleaned:
+        return None
+    return re.compile("|".join(translate(pattern) for pattern in cleaned)).match
