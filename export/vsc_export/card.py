@@ -1,16 +1,26 @@
 """The model card: what a bundle's README.md says, from the figures that were measured."""
 
-from vsc_export.verify import GUARD_BAND, Parity
+from vsc_export.comparison import GUARD_BAND
+from vsc_export.dial import Rows, TauPoint
+from vsc_export.verify import Parity
 from vsc_serve.bundle import Manifest
 from vsc_training.checkpoint import RunState
 
 
-def model_card(state: RunState, manifest: Manifest, parity: Parity) -> str:
-    """Return the text of the model card."""
+def model_card(
+    state: RunState, manifest: Manifest, parity: Parity, front: list[TauPoint], measured: Rows
+) -> str:
+    """Return the text of the model card.
+
+    Args:
+        state: What the run says.
+        manifest: What the bundle says.
+        parity: How the bundle compares with the run.
+        front: What each setting of tau costs and keeps.
+        measured: Rows on which the front was measured.
+    """
     figures = state.figures
     takes = str(manifest.pixel_spec) if manifest.pixel_spec else f"vectors of {manifest.input_dim}"
-    flips = sum(comparison.flips_inside_band for comparison in parity.comparisons)
-    largest = max(comparison.max_value_error for comparison in parity.comparisons)
     return f"""# {manifest.name}
 
 A Variational Sparse Coding model (Tonolini, Jensen, Murray-Smith, UAI 2019), exported by vsc-serve.
@@ -22,6 +32,7 @@ A Variational Sparse Coding model (Tonolini, Jensen, Murray-Smith, UAI 2019), ex
 | input | {takes} |
 | latents | {manifest.latent_dim} |
 | spike threshold tau | {manifest.tau:g} (callers may override it) |
+| precision | {manifest.precision}{_precision_note(manifest)} |
 | active latents asked for | {state.recipe.active:.1f} per example (alpha {manifest.alpha:g}) |
 | active latents measured | {figures["active"]:.1f} per example |
 | live latents | {figures["live"]} of {figures["latents"]} (on for at least 0.1 % of the examples) |
@@ -33,12 +44,13 @@ A Variational Sparse Coding model (Tonolini, Jensen, Murray-Smith, UAI 2019), ex
 
 Measured on {figures["images"]} examples that were not trained on, at tau 0.5.
 
+## Tau is a dial
+
+{_front_table(front, manifest.tau, len(measured.rows), measured.source)}
+
 ## Parity with the trained model
 
-{len(parity.comparisons)} comparisons with the checkpoint in float64 (batch sizes, thread counts):
-no spike differs outside the guard band of {GUARD_BAND:g} around the threshold, {flips} inside it;
-values differ by at most {largest:.1e}. {parity.near_threshold_share:.3%} of all spike decisions lie
-inside the band: another engine may take those differently. Details are in `parity.json`.
+{_parity_text(parity)}
 
 ## Meant for
 
@@ -51,3 +63,56 @@ It knows what its training data looked like and no names of things: it does not 
 pictures of another kind are described with features that do not fit them. Codes of two models
 cannot be compared.
 """
+
+
+def _precision_note(manifest: Manifest) -> str:
+    return "" if manifest.precision == "float32" else "; the spike head is float32"
+
+
+def _front_table(front: list[TauPoint], own_tau: float, count: int, source: str) -> str:
+    """Return the table of tau with the bundle's own in bold, and what its columns are."""
+    has_labels = front[0].knn is not None
+    lines = [
+        "| tau | active | search cost | neighbours kept | squared error |"
+        + (" kNN |" if has_labels else ""),
+        "|---|---|---|---|---|" + ("---|" if has_labels else ""),
+    ]
+    for point in front:
+        tau = f"**{point.tau:g}**" if point.tau == own_tau else f"{point.tau:g}"
+        knn = f" {point.knn:.3f} |" if point.knn is not None else ""
+        lines.append(
+            f"| {tau} | {point.active:.1f} | {point.search_cost:.2f} | {point.neighbours_kept:.3f}"
+            f" | {point.squared_error:.2f} |{knn}"
+        )
+    definitions = (
+        f"On {count} rows of {source}. Search cost: postings that a query is expected to\ntouch per"
+        " row, sum_j f_j^2. Neighbours kept: of the ten nearest rows in the data itself (cosine,"
+        "\ncentred), the share that are among the ten nearest by their codes."
+    )
+    knn = "\nkNN: share whose class is that of most of ten neighbours." if has_labels else ""
+    return "\n".join(lines) + "\n\n" + definitions + knn
+
+
+def _parity_text(parity: Parity) -> str:
+    kept = parity.fidelity
+    compared = (
+        f"{len(parity.comparisons)} comparisons with the checkpoint in float64 (batch sizes, thread"
+        " counts, orders):\n"
+    )
+    if parity.precision == "float32":
+        found = (
+            f"no spike differs outside the guard band of {GUARD_BAND:g} around the threshold,"
+            f" {parity.flips_inside_band} inside it;\nvalues differ by at most"
+            f" {parity.max_value_error:.1e}. "
+        )
+    else:
+        found = (
+            f"{kept.flipped_share:.2e} of the spikes differ, the supports agree to"
+            f" {kept.support_jaccard:.4f} (Jaccard),\nand {kept.neighbours_kept:.3f} of the ten"
+            " nearest neighbours are kept. "
+        )
+    return (
+        f"{compared}{found}{parity.near_threshold_share:.3%} of the spike decisions on real rows"
+        " lie\ninside the band: another engine may take those differently. Details are in"
+        " `parity.json`."
+    )

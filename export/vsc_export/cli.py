@@ -1,11 +1,17 @@
 """`vsc export` and `vsc demo`; torch and onnx are imported inside, so that help stays fast."""
 
 from pathlib import Path
-from typing import Annotated
+from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
 from vsc_serve.console import require_extra, say
+from vsc_serve.errors import UsageError
+
+if TYPE_CHECKING:
+    from vsc_export.topk import Overflow
+    from vsc_export.verify import Parity
+    from vsc_export.write import Exported
 
 app = typer.Typer()
 
@@ -15,11 +21,33 @@ def export(
     run: Annotated[Path, typer.Argument(help="Folder that `vsc train` wrote.")],
     out: Annotated[Path, typer.Option(help="Bundle to write.")],
     *,
-    tau: Annotated[float, typer.Option(help="Spike threshold in (0, 1) to build in.")] = 0.5,
+    tau: Annotated[
+        float | None, typer.Option(help="Spike threshold in (0, 1) to build in (default .5).")
+    ] = None,
+    calibrate_tau: Annotated[
+        str | None,
+        typer.Option(metavar="active=N", help="Choose tau for N active latents per row."),
+    ] = None,
+    calibration: Annotated[
+        Path | None,
+        typer.Option(help="Data for tau, int8 and the card (default: the run's examples)."),
+    ] = None,
+    precision: Annotated[
+        str, typer.Option(help="float32, fp16 or int8; the spike head is float32 in all.")
+    ] = "float32",
     name: Annotated[
         str | None, typer.Option(help="Name of the model (default: the run's).")
     ] = None,
     opset: Annotated[int, typer.Option(help="ONNX operator set.", min=18)] = 20,
+    top_k: Annotated[
+        int | None, typer.Option(help="Write an encoder with K places a row as well.", min=1)
+    ] = None,
+    triton: Annotated[
+        Path | None, typer.Option(help="Folder for a Triton model repository.")
+    ] = None,
+    backbone: Annotated[
+        Path | None, typer.Option(help="ONNX image encoder to put in front of the model.")
+    ] = None,
     allow_collapsed: Annotated[
         bool, typer.Option("--allow-collapsed", help="Export a collapsed model as well.")
     ] = False,
@@ -27,20 +55,87 @@ def export(
 ) -> None:
     """Write a run as a bundle of ONNX files, after proving that they compute the same."""
     require_extra("export", "torch", "onnx", "onnxscript")
+    from vsc_export.dial import parse_goal
+    from vsc_export.precision import parse_precision
     from vsc_export.write import export_bundle
     from vsc_serve.atomic import refuse_existing
 
-    refuse_existing(out, force=force)
-    done = export_bundle(run, out, tau=tau, name=name, opset=opset, allow_collapsed=allow_collapsed)
+    for path in (out, triton):
+        if path is not None:
+            refuse_existing(path, force=force)
+    options: dict[str, Any] = {
+        "tau": _chosen_tau(tau, calibrate_tau),
+        "name": name,
+        "opset": opset,
+        "precision": parse_precision(precision),
+        "active": parse_goal(calibrate_tau) if calibrate_tau else None,
+        "calibration": calibration,
+        "top_k": top_k,
+        "allow_collapsed": allow_collapsed,
+    }
+    if backbone is None:
+        done = export_bundle(run, out, **options)
+    else:
+        done = _export_behind(backbone, run, out, options)
     parity, manifest = done.parity, done.manifest
-    say("parity", _parity_line(parity.rows, len(parity.comparisons), parity.near_threshold_share))
+    say("parity", _parity_line(parity))
+    if calibrate_tau:
+        say("tau", f"{manifest.tau:g} gives {manifest.active:.2f} active latents per row")
     size = sum(path.stat().st_size for path in out.rglob("*") if path.is_file())
     say(
         "wrote",
         f"{out}  {manifest.name}, J={manifest.latent_dim}, tau={manifest.tau:g}, {size / 1e6:.1f}"
         " MB",
     )
-    say("next", f"vsc encode images/ --out codes.npz --model {out}")
+    if top_k is not None and done.overflow is not None:
+        say("top-k", _overflow_line(top_k, done.overflow))
+    if triton is not None:
+        _write_triton(out, triton)
+    takes = "images/" if manifest.modality == "image" else "vectors.npy"
+    say("next", f"vsc encode {takes} --out codes.npz --model {out}")
+
+
+@app.command("triton")
+def write_triton(
+    model: Annotated[Path, typer.Argument(help="Bundle that `vsc export` wrote.")],
+    out: Annotated[Path, typer.Option(help="Model repository to write.")],
+    *,
+    force: Annotated[bool, typer.Option("--force", help="Replace the repository.")] = False,
+) -> None:
+    """Write a bundle as a model repository for Triton Inference Server."""
+    from vsc_serve.atomic import refuse_existing
+
+    refuse_existing(out, force=force)
+    _write_triton(model, out)
+
+
+@app.command()
+def verify(
+    model: Annotated[Path, typer.Argument(help="Bundle that `vsc export` wrote.")],
+    run: Annotated[Path, typer.Argument(help="Run that it was exported from.")],
+    data: Annotated[
+        Path | None, typer.Argument(help="Folder, npz or npy (default: the run's examples).")
+    ] = None,
+    *,
+    rows: Annotated[
+        int, typer.Option(help="Rows at most, evenly spread over the data.", min=1)
+    ] = 10_000,
+    device: Annotated[str, typer.Option(help="cpu, cuda or auto.")] = "cpu",
+    as_json: Annotated[bool, typer.Option("--json", help="Print the report as JSON.")] = False,
+) -> None:
+    """Measure on any data whether a bundle computes what its run was trained to."""
+    require_extra("export", "torch", "onnx", "onnxscript")
+    from vsc_export.verify import require_verified, verify_bundle
+    from vsc_serve.cli.options import check_device, print_text
+
+    parity = verify_bundle(model, run, data, row_count=rows, device=check_device(device))
+    if as_json:
+        print_text(parity.to_json().rstrip())
+    else:
+        say("parity", _parity_line(parity))
+        for comparison in parity.comparisons:
+            say("", str(comparison))
+    require_verified(parity, model)
 
 
 @app.command()
@@ -56,9 +151,54 @@ def demo(
     run_demo(out, force=force)
 
 
-def _parity_line(rows: dict[str, int], comparison_count: int, near_share: float) -> str:
-    total = sum(rows.values())
+def _export_behind(file: Path, run: Path, out: Path, options: dict[str, Any]) -> "Exported":
+    """Export with a backbone in front, and say how the whole compares with its parts."""
+    from vsc_export.backbone import export_with_backbone
+
+    done, found = export_with_backbone(run, out, file, **options)
+    same = "the same bytes" if found.bytes_equal else "not the same in every bit"
+    say(
+        "backbone",
+        f"{sum(found.rows.values())} pictures x {len(found.comparisons)} settings, from pixels to"
+        f" codes: the same spikes; codes are {same} at every batch size",
+    )
+    return done
+
+
+def _write_triton(model: Path, out: Path) -> None:
+    from vsc_export.triton import write_repository
+
+    say("triton", f"{out}  {', '.join(write_repository(model, out))}")
+
+
+def _overflow_line(places: int, overflow: "Overflow") -> str:
     return (
-        f"{total} inputs x {comparison_count} settings: same spikes, same values"
-        f"  ({near_share:.3%} of spikes near the threshold)"
+        f"{places} places a row: {overflow.overflowing} of {overflow.rows} rows checked have more"
+        f" entries, {overflow.most} at most"
+    )
+
+
+def _chosen_tau(tau: float | None, goal: str | None) -> float:
+    """Return the tau that was asked for; it cannot be given and calibrated at once."""
+    if tau is not None and goal is not None:
+        raise UsageError("--tau and --calibrate-tau: give one of them.")
+    return 0.5 if tau is None else tau
+
+
+def _parity_line(parity: "Parity") -> str:
+    total = sum(parity.rows.values())
+    if parity.precision == "float32":
+        found = (
+            f"{parity.flips_outside_band} spikes flipped outside the band,"
+            f" {parity.flips_inside_band} inside, values within {parity.max_value_error:.1e}"
+        )
+    else:
+        kept = parity.fidelity
+        found = (
+            f"supports agree to {kept.support_jaccard:.4f}, neighbours kept"
+            f" {kept.neighbours_kept:.3f}"
+        )
+    return (
+        f"{total} inputs x {len(parity.comparisons)} settings: {found}"
+        f"  ({parity.near_threshold_share:.3%} of spikes near the threshold)"
     )

@@ -1,7 +1,5 @@
 """Write a bundle: graphs, probes, parity report, model card and manifest, whole or not at all."""
 
-import hashlib
-import io
 from dataclasses import dataclass
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
@@ -11,26 +9,36 @@ import numpy as np
 import onnx
 import torch
 from numpy.typing import NDArray
-from PIL import Image
 
 from vsc_export.card import model_card
-from vsc_export.graphs import decoder_graph, encoder_graph
-from vsc_export.verify import (
-    GUARD_BAND,
-    Parity,
-    measure_parity,
-    parity_inputs,
-    require_parity,
-    run_encoder,
-)
+from vsc_export.compaction import csr_graph
+from vsc_export.comparison import exact_codes
+from vsc_export.dial import Rows, TauPoint, calibrate_tau, measure_front
+from vsc_export.graphs import check_file, decoder_graph
+from vsc_export.metadata import describe_model, signature, stamp
+from vsc_export.parity_inputs import parity_inputs
+from vsc_export.precision import encoder_in
+from vsc_export.probes import write_probes
+from vsc_export.shapes import check_shapes
+from vsc_export.topk import Overflow, add_topk
+from vsc_export.verify import Parity, measure_parity, require_parity
 from vsc_serve.atomic import atomic_folder
-from vsc_serve.bundle import DECODER, ENCODER, MANIFEST, Manifest, Probe, sha256
-from vsc_serve.codes import dense_to_csr, threshold_logit
+from vsc_serve.bundle import (
+    DECODER,
+    ENCODER,
+    ENCODER_CSR,
+    ENCODER_TOPK,
+    MANIFEST,
+    GraphSignature,
+    Manifest,
+    Precision,
+    sha256,
+)
+from vsc_serve.codes import threshold_logit
 from vsc_serve.errors import ExportError
-from vsc_serve.images import read_pixels
-from vsc_serve.preprocess import PixelSpec
 from vsc_serve.session import open_session
 from vsc_training.checkpoint import Checkpoint, load_checkpoint, load_samples
+from vsc_training.evaluation.dataset import load_labelled
 from vsc_training.metrics import Health, find_collapse
 from vsc_training.model import VSC
 
@@ -39,11 +47,8 @@ WEIGHTS: Final = "weights.bin"
 PARITY: Final = "parity.json"
 CARD: Final = "README.md"
 
-_PROBE_SIDE: Final = 96
-_PROBE_MARGIN: Final = 10 * GUARD_BAND
-"""A probe with a spike this close to the threshold would fail on another engine for no reason."""
-_PROBE_COUNT: Final = 3
-_PROBE_CANDIDATES: Final = 60
+_TAU_OF_HEALTH: Final = 0.5
+"""Tau at which training measures a model."""
 _PACKAGES: Final = ("torch", "onnx", "onnxscript", "vsc-serve", "numpy", "pillow")
 
 
@@ -54,6 +59,10 @@ class Exported:
     path: Path
     manifest: Manifest
     parity: Parity
+    front: list[TauPoint]
+    """What each setting of tau costs and keeps."""
+    overflow: Overflow | None = None
+    """What the graph with fixed places could not hold, where one was asked for."""
 
 
 def export_bundle(
@@ -63,6 +72,10 @@ def export_bundle(
     tau: float = 0.5,
     name: str | None = None,
     opset: int = OPSET,
+    precision: Precision = "float32",
+    active: float | None = None,
+    calibration: Path | None = None,
+    top_k: int | None = None,
     allow_collapsed: bool = False,
 ) -> Exported:
     """Turn a run into a bundle. Nothing appears under `out` unless every check passes.
@@ -73,29 +86,57 @@ def export_bundle(
         tau: Spike threshold that becomes the model's own; callers may still override it.
         name: Name of the model; the run's name when None.
         opset: ONNX operator set.
+        precision: Of the encoder's layers; the spike head is float32 in all of them.
+        active: Active latents per row: tau is chosen so that calibration rows have as many.
+        calibration: Data for the choice of tau, for int8 and for the model card's front; None
+            takes the examples that the run kept.
+        top_k: Places a row of an encoder with fixed shapes, written as well when given.
         allow_collapsed: Export a model whose figures say that it has collapsed.
 
     Raises:
         ExportError: The model has collapsed, does not export, or the export does not compute the
             same.
-        UsageError: No checkpoint in `run`, or `tau` is out of range.
+        UsageError: No checkpoint in `run`, `tau` is out of range, or no tau gives `active`.
+        InputError: The calibration data cannot be used.
     """
     threshold_logit(tau)  # a bad tau is refused before anything is built
     checkpoint = load_checkpoint(run)
     _refuse_collapsed(checkpoint, run, allow_collapsed=allow_collapsed)
     model = checkpoint.build_model()
+    samples = load_samples(run)
+    measured = _measured_rows(model, samples, calibration)
+    if active is not None:
+        tau = calibrate_tau(exact_codes(model, measured.rows, tau).spike_logit, active)
+    facts = describe_model(model, name or checkpoint.state.name, tau, precision)
     with atomic_folder(out) as folder:
-        _save_graphs(model, folder, tau, opset)
-        inputs = parity_inputs(model, load_samples(run), np.random.default_rng(0))
-        parity = measure_parity(model, folder, tau, inputs)
+        encoder = encoder_in(precision, model, tau, opset, measured.rows)
+        graphs = save_graphs(encoder, decoder_graph(model, opset), folder, facts)
+        check_shapes(model, folder)
+        inputs = parity_inputs(model, samples, tau, np.random.default_rng(0))
+        parity = measure_parity(model, folder, tau, inputs, precision=precision)
         require_parity(parity)
+        overflow = None
+        if top_k is not None:
+            rows = np.concatenate(list(inputs.values()))
+            graphs[ENCODER_TOPK], overflow = add_topk(folder, top_k, rows, facts)
         (folder / PARITY).write_text(parity.to_json(), encoding="utf-8")
-        probes = _write_probes(model, folder, tau)
-        manifest = _manifest(checkpoint, name or checkpoint.state.name, tau, opset, probes, folder)
-        (folder / CARD).write_text(model_card(checkpoint.state, manifest, parity), encoding="utf-8")
+        front = _measure_front(model, folder, measured, tau)
+        manifest = _manifest(
+            checkpoint,
+            folder,
+            name=name or checkpoint.state.name,
+            tau=tau,
+            active=_own_active(checkpoint, front, tau),
+            opset=opset,
+            precision=precision,
+            graphs=graphs,
+            probes=write_probes(model, model.data, folder, tau, precision),
+        )
+        card = model_card(checkpoint.state, manifest, parity, front, measured)
+        (folder / CARD).write_text(card, encoding="utf-8")
         manifest.files[CARD] = sha256(folder / CARD)
         (folder / MANIFEST).write_text(manifest.to_json(), encoding="utf-8")
-    return Exported(out, manifest, parity)
+    return Exported(out, manifest, parity, front, overflow)
 
 
 def _refuse_collapsed(checkpoint: Checkpoint, run: Path, *, allow_collapsed: bool) -> None:
@@ -104,97 +145,78 @@ def _refuse_collapsed(checkpoint: Checkpoint, run: Path, *, allow_collapsed: boo
         raise ExportError(f"{run}: the model has collapsed: {reason}. Or pass --allow-collapsed.")
 
 
-def _save_graphs(model: VSC, folder: Path, tau: float, opset: int) -> None:
-    encoder = encoder_graph(model, tau, opset)
+def _measured_rows(model: VSC, samples: NDArray[Any], calibration: Path | None) -> Rows:
+    """Return the rows for tau, int8 and the front."""
+    if calibration is None:
+        return Rows(samples, None, "examples of the training data").thinned()
+    found = load_labelled(calibration, model.data)
+    return Rows(found.examples.rows, found.labels, "the calibration data").thinned()
+
+
+def save_graphs(
+    encoder: onnx.ModelProto, decoder: onnx.ModelProto, folder: Path, facts: dict[str, str]
+) -> dict[str, GraphSignature]:
+    """Write the three graphs and their weights; both encoders point into one weights file.
+
+    Returns:
+        Inputs and outputs of each graph, by its file.
+    """
     onnx.save_model(
-        encoder,
+        stamp(encoder, facts, "encoder"),
         folder / ENCODER,
         save_as_external_data=True,
         all_tensors_to_one_file=True,
         location=WEIGHTS,
         size_threshold=1024,
     )
-    onnx.save_model(decoder_graph(model, opset), folder / DECODER)
-    # onnx makes external data readable by its owner alone; a container runs as somebody else.
-    (folder / WEIGHTS).chmod((folder / ENCODER).stat().st_mode)
+    if (folder / WEIGHTS).is_file():
+        # onnx makes external data readable by its owner alone; a container runs as somebody else.
+        (folder / WEIGHTS).chmod((folder / ENCODER).stat().st_mode)
+    stored = onnx.load(folder / ENCODER, load_external_data=False)
+    compacting = stamp(csr_graph(stored), facts, "encoder_csr")
+    (folder / ENCODER_CSR).write_bytes(compacting.SerializeToString(deterministic=True))
+    onnx.save_model(stamp(decoder, facts, "decoder"), folder / DECODER)
+    for name in (ENCODER, ENCODER_CSR, DECODER):
+        check_file(folder / name)
+    graphs = {ENCODER: stored, ENCODER_CSR: compacting, DECODER: decoder}
+    return {name: signature(proto) for name, proto in graphs.items()}
 
 
-def _write_probes(model: VSC, folder: Path, tau: float) -> list[Probe]:
-    """Write probes whose spikes all lie well away from the threshold.
-
-    Probes are drawn, not taken from the training data: a bundle shows nobody's pictures.
-    """
-    session = open_session(folder / ENCODER, device="cpu")
-    limit = threshold_logit(tau)
-    probes: list[Probe] = []
-    for number in range(_PROBE_CANDIDATES):
-        name, content = _draw_probe(model, np.random.default_rng((1, number)), number)
-        rows = _read_rows(content, model.data.pixel_spec)
-        code, logit = run_encoder(session, model.data.modality, rows, 1)
-        if np.abs(logit - limit).min() <= _PROBE_MARGIN:
-            continue
-        codes = dense_to_csr(code)
-        path = folder / "probes" / name
-        path.parent.mkdir(exist_ok=True)
-        path.write_bytes(content)
-        probes.append(
-            Probe(
-                file=f"probes/{name}",
-                pixels_sha256=hashlib.sha256(rows.tobytes()).hexdigest(),
-                indices=codes.indices.tolist(),
-                values=codes.data.astype(float).tolist(),
-            )
-        )
-        if len(probes) == _PROBE_COUNT:
-            break
-    return probes
+def _measure_front(model: VSC, folder: Path, measured: Rows, tau: float) -> list[TauPoint]:
+    encoder = open_session(folder / ENCODER, device="cpu")
+    decoder = open_session(folder / DECODER, device="cpu")
+    return measure_front(model, encoder, decoder, measured, tau)
 
 
-def _draw_probe(model: VSC, rng: np.random.Generator, number: int) -> tuple[str, bytes]:
-    """Return file name and content of one probe: a blurred blot as JPEG or PNG, or a vector."""
-    if model.data.modality == "vector":
-        center, scale = model.center.numpy(), float(model.scale)
-        vector = center + scale * rng.normal(size=model.data.shape)
-        return f"{number}.f32", vector.astype(np.float32).tobytes()
-    coarse = rng.integers(0, 256, (6, 6, 3), dtype=np.uint8)
-    picture = Image.fromarray(coarse).resize(
-        (_PROBE_SIDE, _PROBE_SIDE * 3 // 4), Image.Resampling.BICUBIC
-    )
-    kind = "JPEG" if number % 2 == 0 else "PNG"
-    buffer = io.BytesIO()
-    picture.save(buffer, kind)
-    return f"{number}.{'jpg' if kind == 'JPEG' else 'png'}", buffer.getvalue()
+def _own_active(checkpoint: Checkpoint, front: list[TauPoint], tau: float) -> float:
+    """Return the active count at the bundle's tau; at .5 that of rows that were not trained on."""
+    if tau == _TAU_OF_HEALTH:
+        return float(checkpoint.state.figures["active"])
+    return next(point.active for point in front if point.tau == tau)
 
 
-def _read_rows(content: bytes, spec: PixelSpec | None) -> NDArray[Any]:
-    if spec is None:
-        return np.frombuffer(content, np.float32)[None]
-    return read_pixels(content, spec)[None]
-
-
-def _manifest(
-    checkpoint: Checkpoint, name: str, tau: float, opset: int, probes: list[Probe], folder: Path
-) -> Manifest:
+def _manifest(checkpoint: Checkpoint, folder: Path, **fields: Any) -> Manifest:
+    """Return the manifest of a folder: what the checkpoint says, the digests, and `fields`."""
     state = checkpoint.state
-    files = {
+    return Manifest(
+        modality=state.data.modality,
+        latent_dim=state.recipe.latent_dim,
+        alpha=state.recipe.alpha,
+        files=file_digests(folder),
+        versions={package: _version(package) for package in _PACKAGES},
+        pixel_spec=state.data.pixel_spec,
+        input_dim=state.data.input_dim,
+        **fields,
+    )
+
+
+def file_digests(folder: Path) -> dict[str, str]:
+    """Return the sha256 of every file in a folder, by its path inside it."""
+    return {
         path.relative_to(folder).as_posix(): sha256(path)
         for path in sorted(folder.rglob("*"))
         if path.is_file()
     }
-    return Manifest(
-        name=name,
-        modality=state.data.modality,
-        latent_dim=state.recipe.latent_dim,
-        tau=tau,
-        alpha=state.recipe.alpha,
-        active=state.figures["active"],
-        opset=opset,
-        files=files,
-        probes=probes,
-        versions={package: _version(package) for package in _PACKAGES},
-        pixel_spec=state.data.pixel_spec,
-        input_dim=state.data.input_dim,
-    )
 
 
 def _version(package: str) -> str:

@@ -29,6 +29,7 @@ from torch import Tensor
 from vsc_serve.atomic import atomic_file
 from vsc_serve.errors import InputError, UsageError
 from vsc_serve.preprocess import PixelSpec
+from vsc_training.backbone import BackboneSpec
 from vsc_training.config import Recipe, recipe_from
 from vsc_training.data import Examples
 from vsc_training.model import VSC, DataSpec
@@ -150,7 +151,8 @@ def start_run(
     with atomic_file(run / RECIPE) as file:
         file.write(recipe.to_toml().encode())
     rows = examples.rows
-    save_samples(run, rows[:: max(1, len(rows) // SAMPLE_COUNT)][:SAMPLE_COUNT])
+    chosen = rows[:: max(1, len(rows) // SAMPLE_COUNT)][:SAMPLE_COUNT]
+    save_samples(run, chosen, examples.pictures)
     if examples.bad:
         with atomic_file(run / "errors.jsonl") as file:
             file.writelines(
@@ -160,20 +162,38 @@ def start_run(
     return False
 
 
-def save_samples(run: Path, rows: NDArray[Any]) -> None:
-    """Keep some examples beside the checkpoint, shape (rows, *shape)."""
+def save_samples(run: Path, rows: NDArray[Any], pictures: NDArray[np.uint8] | None = None) -> None:
+    """Keep some examples beside the checkpoint.
+
+    Args:
+        run: The run folder.
+        rows: Shape (rows, *shape).
+        pictures: Pixels of some pictures, where a backbone made the rows out of pictures.
+    """
     with atomic_file(run / SAMPLES) as file:
-        np.savez_compressed(file, rows=rows)
+        if pictures is None:
+            np.savez_compressed(file, rows=rows)
+        else:
+            np.savez_compressed(file, rows=rows, pictures=pictures)
 
 
 def load_samples(run: Path) -> NDArray[Any]:
-    """Read what `save_samples` kept. Raises InputError when it is missing or damaged."""
+    """Read the rows that `save_samples` kept. Raises InputError when missing or damaged."""
+    return _load_kept(run, "rows")
+
+
+def load_pictures(run: Path) -> NDArray[np.uint8]:
+    """Read the pictures that `save_samples` kept. Raises InputError when there are none."""
+    return _load_kept(run, "pictures")
+
+
+def _load_kept(run: Path, name: str) -> NDArray[Any]:
     try:
         with np.load(run / SAMPLES, allow_pickle=False) as stored:
-            rows: NDArray[Any] = stored["rows"]
+            kept: NDArray[Any] = stored[name]
     except (OSError, ValueError, KeyError, EOFError, zipfile.BadZipFile) as error:
         raise InputError(f"{run / SAMPLES}: unreadable ({error}). Train again.") from error
-    return rows
+    return kept
 
 
 def optimizer_tensors(optimizer: torch.optim.Optimizer) -> dict[str, Tensor]:
@@ -205,6 +225,7 @@ def _state_to_json(state: RunState) -> dict[str, Any]:
         "recipe": asdict(state.recipe),
         "pixel_spec": spec.to_json() if spec else None,
         "input_dim": state.data.input_dim,
+        "backbone": state.data.backbone.to_json() if state.data.backbone else None,
         "data_fingerprint": state.data_fingerprint,
         "figures": state.figures,
     }
@@ -217,12 +238,14 @@ def _state_from_json(stored: dict[str, Any], path: Path) -> RunState:
             f" {FORMAT}."
             " Upgrade vsc-serve, or train again."
         )
-    spec = stored["pixel_spec"]
+    spec, backbone = stored["pixel_spec"], stored.get("backbone")
     return RunState(
         step=stored["step"],
         recipe=recipe_from(stored["recipe"], where=str(path)),
         data=DataSpec(
-            pixel_spec=PixelSpec.from_json(spec) if spec else None, input_dim=stored["input_dim"]
+            pixel_spec=PixelSpec.from_json(spec) if spec else None,
+            input_dim=stored["input_dim"],
+            backbone=BackboneSpec.from_json(backbone) if backbone else None,
         ),
         data_fingerprint=stored["data_fingerprint"],
         figures=stored["figures"],

@@ -35,6 +35,10 @@ def train(
     size: Annotated[
         int | None, typer.Option(help="Side of the square that pictures become.", min=1)
     ] = None,
+    backbone: Annotated[
+        Path | None,
+        typer.Option(help="ONNX image encoder: fit its embeddings of the pictures."),
+    ] = None,
     device: Annotated[str, typer.Option(help="auto, cpu or cuda.")] = "auto",
     threads: Annotated[int, typer.Option(help="CPU threads (0: torch chooses).", min=0)] = 0,
     resume: Annotated[
@@ -52,12 +56,16 @@ def train(
         talk = say if group.is_first else _keep_quiet
         if group.is_first and not resume:
             refuse_existing(out, force=force)
-        examples = _load(data, size, talk)
+        if backbone is None:
+            examples = _load(data, size, talk)
+        else:
+            examples = _embed(data, size, backbone, threads, talk)
         _say_model(resolved, examples, own_device, group.size, talk)
         health = _fit(resolved, examples, out, own_device, group, resume=resume, force=force)
     talk("codes", f"{health}")
     talk("asked", f"{resolved.active:.1f} active per image, got {health.active:.1f}")
-    talk("next", f"vsc export {out} --out model/")
+    behind = f" --backbone {backbone}" if backbone else ""
+    talk("next", f"vsc export {out} --out model/{behind}")
 
 
 @app.command("eval")
@@ -70,6 +78,9 @@ def evaluate(
     ] = None,
     factors: Annotated[
         Path | None, typer.Option(help="factors.npz with the true factors of DATA.")
+    ] = None,
+    backbone: Annotated[
+        Path | None, typer.Option(help="ONNX image encoder that the run was trained with.")
     ] = None,
     iwae_samples: Annotated[int, typer.Option(help="Draws of the bound.", min=1)] = 50,
     seed: Annotated[int, typer.Option(help="Seed of choices and noise.", min=0)] = 0,
@@ -86,6 +97,7 @@ def evaluate(
         data,
         reference=reference,
         factors=factors,
+        backbone=backbone,
         iwae_samples=iwae_samples,
         device=_device(device, threads),
         seed=seed,
@@ -128,12 +140,36 @@ def _load(path: Path, size: int | None, talk: Callable[[str, str], None]) -> "Ex
     from vsc_training.data import load_examples
 
     examples = load_examples(path, size=size)
+    _say_data(path, examples, talk)
+    return examples
+
+
+def _embed(
+    path: Path, size: int | None, file: Path, threads: int, talk: Callable[[str, str], None]
+) -> "Examples":
+    from vsc_serve.errors import UsageError
+    from vsc_training.backbone import Backbone
+    from vsc_training.data import embed_examples, find_pictures
+
+    if size is not None:
+        raise UsageError("--size: the file beside --backbone says what pictures become")
+    require_extra("train,cpu", "onnxruntime")
+    backbone = Backbone.open(file, threads=threads)
+    spec = backbone.spec
+    talk("backbone", f"{file}: {spec.pixel_spec} to {spec.dim}, sha256 {spec.sha256[:12]}")
+    sources = find_pictures(path)
+    with progress("embed", len(sources), "images") as shown:
+        examples = embed_examples(path, sources, backbone, shown.update)
+    _say_data(path, examples, talk)
+    return examples
+
+
+def _say_data(path: Path, examples: "Examples", talk: Callable[[str, str], None]) -> None:
     spec = examples.spec.pixel_spec or f"vectors of {examples.spec.input_dim}"
     labels = "" if examples.labels is None else f", {len(set(examples.labels.tolist()))} classes"
     talk("data", f"{path}: {len(examples.rows):,} examples, {spec}{labels}")
     if examples.bad:
         talk("skipped", f"{len(examples.bad)} files that cannot be read (errors.jsonl in the run)")
-    return examples
 
 
 def _say_model(

@@ -9,6 +9,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from vsc_serve.preprocess import PixelSpec
+from vsc_training.backbone import BackboneSpec
 from vsc_training.config import Recipe
 from vsc_training.networks import conv_decoder, conv_encoder, mlp_decoder, mlp_encoder
 from vsc_training.objective import Posterior, bernoulli_nll, gaussian_nll, sharpen
@@ -29,6 +30,8 @@ class DataSpec:
     """How a picture becomes pixels. None for vectors."""
     input_dim: int | None = None
     """Length of a vector. None for images."""
+    backbone: BackboneSpec | None = None
+    """What made the vectors out of pictures, where training did that itself."""
 
     @property
     def shape(self) -> tuple[int, ...]:

@@ -1,0 +1,446 @@
+"""Backbones: pictures are embedded in training and in production by the same file and rule."""
+
+import json
+import shutil
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import onnx
+import pytest
+import torch
+from numpy.typing import NDArray
+from onnx import TensorProto, helper, numpy_helper
+
+from vsc_export import backbone as exporter
+from vsc_export.backbone import export_with_backbone
+from vsc_serve.bundle import open_bundle
+from vsc_serve.codes import threshold
+from vsc_serve.encoder import Decoder, Encoder
+from vsc_serve.errors import ExportError, InputError, UsageError
+from vsc_serve.preprocess import PixelSpec
+from vsc_serve.sources import find_sources
+from vsc_training.backbone import Backbone, BackboneSpec, digest
+from vsc_training.checkpoint import load_checkpoint, load_pictures, load_samples, start_run
+from vsc_training.config import load_recipe
+from vsc_training.data import embed_examples, find_pictures
+from vsc_training.fit import fit
+
+SIDE = 16
+DIM = 24
+COMMAND_FIELDS = ["steps=60", "latent_dim=16", "batch_size=32", "hidden=32", "on_collapse=warn"]
+STATED = {"height": SIDE, "width": SIDE, "mean": [0.5, 0.4, 0.3], "std": [0.25, 0.2, 0.3]}
+
+
+def conv_backbone(
+    path: Path,
+    *,
+    stated: dict[str, Any] | None = STATED,
+    kind: int = TensorProto.FLOAT,
+    layout: str = "NCHW",
+    batch: str | int = "n",
+    pooled: bool = True,
+    opset: int = 17,
+    seed: int = 0,
+) -> Path:
+    """Write a small convolutional image encoder and the JSON beside it."""
+    rng = np.random.default_rng(seed)
+    weights = {
+        "kernel": rng.normal(size=(8, 3, 3, 3)),
+        "head": rng.normal(size=(8 * 4, DIM)),
+        "bias": rng.normal(size=(DIM,)),
+    }
+    nodes = [
+        helper.make_node("Cast", ["pixel_values"], ["real"], to=TensorProto.FLOAT),
+        helper.make_node("Transpose", ["real"], ["nchw"], perm=[0, 3, 1, 2])
+        if layout == "NHWC"
+        else helper.make_node("Identity", ["real"], ["nchw"]),
+        helper.make_node("Conv", ["nchw", "kernel"], ["maps"], strides=[2, 2], pads=[1, 1, 1, 1]),
+        helper.make_node("Relu", ["maps"], ["active"]),
+        helper.make_node("AveragePool", ["active"], ["means"], kernel_shape=[4, 4], strides=[4, 4]),
+        helper.make_node("Flatten", ["means"], ["flat"]),
+        helper.make_node("Gemm", ["flat", "head", "bias"], ["embedding"]),
+    ]
+    shape = [batch, 3, SIDE, SIDE] if layout == "NCHW" else [batch, SIDE, SIDE, 3]
+    output = ("embedding", [batch, DIM]) if pooled else ("means", [batch, 8, 2, 2])
+    graph = helper.make_graph(
+        nodes,
+        "conv",
+        [helper.make_tensor_value_info("pixel_values", kind, shape)],
+        [helper.make_tensor_value_info(output[0], TensorProto.FLOAT, output[1])],
+        [numpy_helper.from_array(value.astype(np.float32), n) for n, value in weights.items()],
+    )
+    model = helper.make_model(graph, opset_imports=[helper.make_opsetid("", opset)], ir_version=8)
+    onnx.save(model, path)
+    if stated is not None:
+        path.with_suffix(".json").write_text(json.dumps(stated))
+    return path
+
+
+@pytest.fixture(scope="module")
+def backbone_file(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return conv_backbone(tmp_path_factory.mktemp("backbone") / "conv.onnx")
+
+
+@pytest.fixture(scope="module")
+def backbone_run(
+    tmp_path_factory: pytest.TempPathFactory, grey_folder: Path, backbone_file: Path
+) -> Path:
+    """A run on embeddings of `grey_folder`."""
+    torch.set_num_threads(1)
+    run = tmp_path_factory.mktemp("runs") / "behind"
+    fields = ["latent_dim=16", "hidden=64", "pseudo_inputs=4", "batch_size=32", "alpha=0.2"]
+    fields += ["steps=300", "learning_rate=0.005", "precision=float32", "validation_share=0.2"]
+    recipe = load_recipe("sparse", [*fields, "on_collapse=warn"])
+    examples = embed_examples(
+        grey_folder, find_pictures(grey_folder), Backbone.open(backbone_file), lambda _: None
+    )
+    start_run(run, recipe, examples, resume=False, force=False)
+    fit(recipe, examples, run, device=torch.device("cpu"), name="behind")
+    return run
+
+
+@pytest.fixture(scope="module")
+def behind(
+    tmp_path_factory: pytest.TempPathFactory, backbone_run: Path, backbone_file: Path
+) -> Path:
+    """The bundle of `backbone_run`: pictures to codes."""
+    out = tmp_path_factory.mktemp("bundles") / "behind"
+    export_with_backbone(backbone_run, out, backbone_file, allow_collapsed=True, top_k=4)
+    return out
+
+
+@pytest.fixture(scope="module")
+def paths(grey_folder: Path) -> list[Path]:
+    return sorted(grey_folder.rglob("*.png"))[:40]
+
+
+def by_hand(pixels: NDArray[np.uint8]) -> NDArray[np.float64]:
+    """Scale pixels as the JSON says, written down independently."""
+    scaled = (pixels.astype(np.float64) / 255.0 - STATED["mean"]) / STATED["std"]
+    return scaled.transpose(0, 3, 1, 2)
+
+
+def test_pictures_give_the_codes_of_backbone_and_model_one_after_the_other(
+    behind: Path, backbone_run: Path, backbone_file: Path, paths: list[Path]
+) -> None:
+    import onnxruntime
+
+    encoder = Encoder.open(behind, device="cpu")
+    spec = encoder.manifest.pixel_spec
+    assert spec == PixelSpec(height=SIDE, width=SIDE, channels=3)
+    codes = encoder.encode(paths).toarray()
+    from vsc_serve.images import read_pixels
+
+    pixels = np.stack([read_pixels(path, spec) for path in paths])
+    session = onnxruntime.InferenceSession(backbone_file)
+    (embedded,) = session.run(None, {"pixel_values": by_hand(pixels).astype(np.float32)})
+    model = load_checkpoint(backbone_run).build_model()
+    with torch.no_grad():
+        posterior = model.encode(torch.from_numpy(embedded))
+    expected = threshold(posterior.spike_logit.numpy(), posterior.mu.numpy(), 0.5)
+    np.testing.assert_allclose(codes, expected, atol=1e-4)
+    assert (codes != 0).sum() > 40
+
+
+def test_training_embeds_with_the_very_numbers_of_the_exported_graph(
+    behind: Path, backbone_run: Path, backbone_file: Path
+) -> None:
+    """The embedding inside the bundle, taken out of the graph, is training's, to the bit."""
+    import onnxruntime
+
+    pictures = load_pictures(backbone_run)
+    graph = onnx.load(behind / "encoder.onnx")
+    shape = ["batch", DIM]
+    graph.graph.output.append(helper.make_tensor_value_info("vector", TensorProto.FLOAT, shape))
+    session = onnxruntime.InferenceSession(graph.SerializeToString())
+    (inside,) = session.run(["vector"], {"image": pictures})
+    np.testing.assert_array_equal(inside, Backbone.open(backbone_file).embed(pictures))
+    kept = load_samples(backbone_run)
+    assert all((np.abs(kept - row).max(1) < 1e-5).any() for row in inside)
+
+
+def test_the_bundle_says_which_backbone_is_inside(
+    behind: Path, backbone_file: Path, backbone_run: Path
+) -> None:
+    manifest = open_bundle(behind).manifest
+    assert manifest.modality == "image"
+    assert manifest.input_dim is None
+    assert manifest.backbone is not None
+    assert manifest.backbone["sha256"] == digest(backbone_file)
+    assert (
+        BackboneSpec.from_json(manifest.backbone)
+        == load_checkpoint(backbone_run).state.data.backbone
+    )
+    assert len(manifest.probes) == 3
+    assert all(probe.file.endswith((".jpg", ".png")) for probe in manifest.probes)
+    report = json.loads((behind / "parity.json").read_text())
+    assert report["end_to_end"]["passed"]
+    assert report["end_to_end"]["rows"]["examples"] == len(load_pictures(backbone_run)) > 30
+    assert digest(backbone_file) in (behind / "README.md").read_text()
+    names = {one.key: one.value for one in onnx.load(behind / "encoder.onnx").metadata_props}
+    assert names["vsc.modality"] == "image"
+
+
+def test_the_other_graphs_take_pictures_as_well(behind: Path, paths: list[Path]) -> None:
+    import onnxruntime
+
+    encoder = Encoder.open(behind, device="cpu")
+    codes = encoder.encode(paths)
+    from vsc_serve.images import read_pixels
+
+    spec = encoder.manifest.pixel_spec
+    assert spec is not None
+    pixels = np.stack([read_pixels(path, spec) for path in paths])
+    csr = onnxruntime.InferenceSession(behind / "encoder_csr.onnx")
+    values, indices, row_counts = csr.run(None, {"image": pixels})
+    np.testing.assert_array_equal(values, codes.data)
+    np.testing.assert_array_equal(indices, codes.indices)
+    np.testing.assert_array_equal(row_counts, np.diff(codes.indptr))
+    topk = onnxruntime.InferenceSession(behind / "encoder_topk.onnx")
+    np.testing.assert_array_equal(
+        topk.run(["count"], {"image": pixels})[0][:, 0], np.diff(codes.indptr)
+    )
+
+
+@pytest.mark.slow
+def test_exporting_twice_gives_the_same_bytes(
+    behind: Path, backbone_run: Path, backbone_file: Path, tmp_path: Path
+) -> None:
+    again = tmp_path / "again"
+    export_with_backbone(backbone_run, again, backbone_file, allow_collapsed=True, top_k=4)
+    for path in sorted(behind.rglob("*")):
+        if path.is_file():
+            assert path.read_bytes() == (again / path.relative_to(behind)).read_bytes(), path.name
+
+
+def test_its_decoder_gives_embeddings_and_draws_nothing(
+    behind: Path, paths: list[Path], tmp_path: Path
+) -> None:
+    from vsc_serve.analysis.reconstruct import write_contact_sheet, write_reconstructions
+    from vsc_serve.codes import CodeFile
+
+    codes = Encoder.open(behind, device="cpu").encode(paths)
+    decoder = Decoder.open(behind, device="cpu")
+    assert decoder.decode(codes).shape == (len(paths), DIM)
+    stored = CodeFile(codes, [path.name for path in paths], {})
+    message = "decodes to the backbone's vectors: there is nothing to draw"
+    with pytest.raises(InputError, match=message):
+        write_reconstructions(decoder, stored, rows=range(2), out=tmp_path / "out")
+    with pytest.raises(InputError, match=message):
+        write_contact_sheet(
+            decoder, stored, rows=range(2), images=None, path=tmp_path / "sheet.png"
+        )
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_another_backbone_than_the_runs_is_refused(
+    backbone_run: Path, backbone_file: Path, tmp_path: Path
+) -> None:
+    other = conv_backbone(tmp_path / "other.onnx", seed=1)
+    with pytest.raises(ExportError, match=r"not the backbone that .* was trained with: sha256"):
+        export_with_backbone(backbone_run, tmp_path / "out", other, allow_collapsed=True)
+    shifted = tmp_path / "shifted.onnx"
+    shutil.copy(backbone_file, shifted)
+    shifted.with_suffix(".json").write_text(json.dumps(STATED | {"mean": [0.5, 0.5, 0.3]}))
+    with pytest.raises(
+        ExportError, match=r"trained with: mean \[0.5, 0.5, 0.3\], there \[0.5, 0.4"
+    ):
+        export_with_backbone(backbone_run, tmp_path / "out", shifted, allow_collapsed=True)
+    assert not (tmp_path / "out").exists()
+
+
+def test_a_run_on_pictures_has_no_place_for_a_backbone(
+    tiny_run: Path, backbone_file: Path, tmp_path: Path
+) -> None:
+    with pytest.raises(ExportError, match="fitted to pictures of 8x8 grey, crop, not to embedd"):
+        export_with_backbone(tiny_run, tmp_path / "out", backbone_file)
+
+
+@pytest.mark.slow
+def test_a_graph_that_scales_otherwise_than_training_is_not_written(
+    backbone_run: Path, backbone_file: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    scaling = exporter._scaling
+
+    def forget_the_offset(spec: BackboneSpec) -> list[onnx.TensorProto]:
+        factor, offset = scaling(spec)
+        zero = numpy_helper.from_array(np.zeros(3, np.float32), offset.name)
+        return [factor, zero]
+
+    monkeypatch.setattr(exporter, "_scaling", forget_the_offset)
+    with pytest.raises(ExportError, match=r"from pixels to codes .* Nothing was written"):
+        export_with_backbone(backbone_run, tmp_path / "out", backbone_file, allow_collapsed=True)
+    assert list(tmp_path.iterdir()) == []
+
+
+# the file and what is said of it
+
+
+@pytest.mark.parametrize("layout", ["NCHW", "NHWC"])
+@pytest.mark.parametrize("kind", ["float32", "float16", "uint8"])
+def test_the_prepared_pixels_are_what_the_file_takes(
+    kind: str, layout: str, tmp_path: Path
+) -> None:
+    types = {
+        "float32": TensorProto.FLOAT,
+        "float16": TensorProto.FLOAT16,
+        "uint8": TensorProto.UINT8,
+    }
+    stated: dict[str, Any] = {"height": SIDE, "width": SIDE, "layout": layout}
+    if kind != "uint8":
+        stated |= {"mean": STATED["mean"], "std": STATED["std"]}
+    file = conv_backbone(tmp_path / "b.onnx", kind=types[kind], layout=layout, stated=stated)
+    backbone = Backbone.open(file)
+    pixels = np.random.default_rng(0).integers(0, 256, (3, SIDE, SIDE, 3), dtype=np.uint8)
+    prepared = backbone.spec.prepare(pixels)
+    expected = pixels.transpose(0, 3, 1, 2) if kind == "uint8" else by_hand(pixels)
+    if layout == "NHWC":
+        expected = expected.transpose(0, 2, 3, 1)
+    assert prepared.dtype == kind
+    np.testing.assert_allclose(prepared, expected, atol=2e-3 if kind == "float16" else 1e-5)
+    assert backbone.embed(pixels).shape == (3, DIM)
+    assert backbone.embed(pixels[:0]).shape == (0, DIM)
+
+
+FAULTS: list[tuple[dict[str, Any], dict[str, Any], type[Exception], str]] = [
+    ({}, {"mean": None}, UsageError, r"mean must be 3 numbers, .* No scaling is mean 0 and std 1"),
+    ({}, {"std": [1, 0, 1]}, UsageError, "std must be above 0"),
+    ({}, {"heigth": 3}, UsageError, "no field 'heigth'. Did you mean height?"),
+    ({}, {"height": 32}, UsageError, r"is \['n', 3, 16, 16\], but b.json says NCHW with 32x16"),
+    ({}, {"layout": "NHWC"}, UsageError, "says NHWC with 16x16 pixels of 3 channels. Correct"),
+    ({}, {"layout": "CHW"}, UsageError, "layout is 'CHW'; give NCHW or NHWC"),
+    ({}, {"output": "pooled"}, UsageError, r"Write one of embedding into b.json: .* 'pooled'"),
+    ({"kind": TensorProto.UINT8}, {}, UsageError, "takes uint8 and scales inside. Remove them"),
+    ({"kind": TensorProto.INT32}, {}, InputError, r"is tensor\(int32\) .* four dimensions of fl"),
+    ({"batch": 1}, {}, InputError, "fixed batch of 1. Export it with a free batch dimension"),
+    ({"pooled": False}, {}, InputError, r"is \(1, 8, 2, 2\) for 1 pictures; one vector each"),
+]
+
+
+@pytest.mark.parametrize(("graph", "stated", "error", "message"), FAULTS)
+def test_what_does_not_fit_is_an_error_that_says_what_to_change(
+    graph: dict[str, Any],
+    stated: dict[str, Any],
+    error: type[Exception],
+    message: str,
+    tmp_path: Path,
+) -> None:
+    file = conv_backbone(tmp_path / "b.onnx", stated=STATED | stated, **graph)
+    with pytest.raises(error, match=message):
+        Backbone.open(file)
+
+
+def test_without_the_json_the_error_shows_what_to_write(tmp_path: Path) -> None:
+    file = conv_backbone(tmp_path / "b.onnx", stated=None)
+    with pytest.raises(
+        UsageError, match=r'b.json: not there. .* \{"height": 16, "width": 16, "mean'
+    ):
+        Backbone.open(file)
+
+
+def test_the_digest_covers_weights_in_a_file_of_their_own(tmp_path: Path) -> None:
+    file = conv_backbone(tmp_path / "b.onnx")
+    alone = digest(file)
+    onnx.save(
+        onnx.load(file),
+        file,
+        save_as_external_data=True,
+        location="b.weights",
+        size_threshold=0,
+    )
+    outside = digest(file)
+    assert outside != alone
+    weights = tmp_path / "b.weights"
+    weights.write_bytes(weights.read_bytes()[:-1] + b"\1")
+    assert digest(file) != outside
+
+
+def test_the_pictures_that_are_kept_lie_all_over_the_folder(
+    grey_folder: Path, backbone_file: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    from vsc_training import data
+
+    monkeypatch.setattr(data, "_KEPT_PICTURES", 10)
+    monkeypatch.setattr(data, "_EMBEDDED_AT_ONCE", 7)
+    sources = list(find_sources([str(grey_folder)]))
+    done: list[int] = []
+    examples = embed_examples(grey_folder, sources, Backbone.open(backbone_file), done.append)
+    assert examples.pictures is not None
+    assert len(examples.pictures) == 10
+    assert done[-1] == len(sources) == len(examples.rows) == 200
+    assert examples.labels is not None
+    backbone = Backbone.open(backbone_file)
+    np.testing.assert_allclose(backbone.embed(examples.pictures), examples.rows[::20], atol=1e-5)
+
+
+@pytest.mark.slow
+def test_a_newer_operator_set_of_the_backbone_is_taken_for_the_whole(
+    backbone_run: Path, tmp_path: Path, backbone_file: Path, edit_run: Callable[..., Path]
+) -> None:
+    newer = conv_backbone(tmp_path / "newer.onnx", opset=21)
+    run = edit_run(backbone_run, backbone=None)
+    done, found = export_with_backbone(run, tmp_path / "out", newer, allow_collapsed=True)
+    assert done.manifest.opset == 21
+    assert found.rows == {"noise": 16, "constants": 3}
+
+
+@pytest.fixture
+def edit_run(tmp_path: Path) -> Callable[..., Path]:
+    """Copy a run with other fields of its data, as if its vectors had come from a file."""
+    import dataclasses
+
+    from vsc_training.checkpoint import save_checkpoint
+
+    def edit(run: Path, **fields: Any) -> Path:
+        copied = tmp_path / "edited"
+        shutil.copytree(run, copied)
+        checkpoint = load_checkpoint(copied)
+        data = dataclasses.replace(checkpoint.state.data, **fields)
+        state = dataclasses.replace(checkpoint.state, data=data)
+        save_checkpoint(copied, dataclasses.replace(checkpoint, state=state))
+        return copied
+
+    return edit
+
+
+@pytest.mark.slow
+def test_the_commands_say_what_they_embed_compare_and_write(
+    grey_folder: Path, backbone_file: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    import vsc_export.cli
+    import vsc_training.cli
+
+    run, model = tmp_path / "run", tmp_path / "model"
+    vsc_training.cli.train(
+        grey_folder, run, overrides=COMMAND_FIELDS, backbone=backbone_file, threads=1
+    )
+    said = capsys.readouterr().err
+    assert f"{backbone_file}: 16x16 RGB, crop to 24, sha256 {digest(backbone_file)[:12]}" in said
+    assert "200 examples, vectors of 24, 2 classes" in said
+    assert f"vsc export {run} --out model/ --backbone {backbone_file}" in said
+    vsc_export.cli.export(run, model, backbone=backbone_file, allow_collapsed=True)
+    said = capsys.readouterr().err
+    assert "from pixels to codes: the same spikes; codes are the same bytes" in said
+    assert f"vsc encode images/ --out codes.npz --model {model}" in said
+    with pytest.raises(UsageError, match="--size: the file beside --backbone says"):
+        vsc_training.cli.train(grey_folder, tmp_path / "no", backbone=backbone_file, size=8)
+
+
+@pytest.mark.slow
+def test_a_run_behind_a_backbone_is_evaluated_on_pictures(
+    backbone_run: Path, backbone_file: Path, grey_folder: Path, tmp_path: Path
+) -> None:
+    from vsc_training.evaluation.dataset import load_labelled
+
+    data = load_checkpoint(backbone_run).state.data
+    labelled = load_labelled(grey_folder, data, Backbone.open(backbone_file))
+    assert labelled.examples.rows.shape == (200, DIM)
+    assert labelled.labels is not None
+    assert set(labelled.labels) == {"upright", "level"}
+    with pytest.raises(InputError, match="or --backbone with what embeds pictures"):
+        load_labelled(grey_folder, data)
+    other = conv_backbone(tmp_path / "other.onnx", seed=1)
+    with pytest.raises(UsageError, match="not the one of this model"):
+        load_labelled(grey_folder, data, Backbone.open(other))
