@@ -53,8 +53,16 @@ $(VENV)/developed: $(VENV)/installed
 	@$(PIP) --editable '.[$(EXTRAS),dev]'
 	@touch $@
 
+# The model that comes with the package, from the photographs that docs/development.md names.
+builtin: $(VENV)/installed
+	mkdir -p build && tar -xJf $(VSC_DATA)/photos.tar.xz -C build
+	$(BIN)/vsc train build/photos --out build/photos32 --force --threads 1 --set hidden=256 --set latent_dim=256 \
+		--set alpha=0.06 --set steps=4000 --set validation_share=0.05
+	$(BIN)/vsc export build/photos32 --out vsc_serve/models/photos32 --force --name photos32 \
+		--about vsc_serve/models/photos32.md
+
 clean:
 	rm -rf $(VENV) vsc-demo dist build .pytest_cache .mypy_cache .ruff_cache .hypothesis .import_linter_cache
 	find vsc_serve training export tests benchmarks -type d -name __pycache__ -prune -exec rm -rf {} +
 
-.PHONY: help demo test lint types imports wheel container photos install clean
+.PHONY: help demo test lint types imports wheel container photos builtin install clean

@@ -8,7 +8,12 @@ from vsc_training.checkpoint import RunState
 
 
 def model_card(
-    state: RunState, manifest: Manifest, parity: Parity, front: list[TauPoint], measured: Rows
+    state: RunState,
+    manifest: Manifest,
+    parity: Parity,
+    front: list[TauPoint],
+    measured: Rows,
+    about: str = "",
 ) -> str:
     """Return the text of the model card.
 
@@ -18,13 +23,14 @@ def model_card(
         parity: How the bundle compares with the run.
         front: What each setting of tau costs and keeps.
         measured: Rows on which the front was measured.
+        about: What its maker says of it; stands before the figures.
     """
     figures = state.figures
     takes = str(manifest.pixel_spec) if manifest.pixel_spec else f"vectors of {manifest.input_dim}"
     return f"""# {manifest.name}
 
 A Variational Sparse Coding model (Tonolini, Jensen, Murray-Smith, UAI 2019), exported by vsc-serve.
-
+{about and chr(10) + about.strip() + chr(10)}
     vsc encode images/ --out codes.npz --model .
 
 | what | value |

@@ -48,6 +48,9 @@ def export(
     backbone: Annotated[
         Path | None, typer.Option(help="ONNX image encoder to put in front of the model.")
     ] = None,
+    about: Annotated[
+        Path | None, typer.Option(help="Markdown for the top of the model card.", exists=True)
+    ] = None,
     allow_collapsed: Annotated[
         bool, typer.Option("--allow-collapsed", help="Export a collapsed model as well.")
     ] = False,
@@ -71,6 +74,7 @@ def export(
         "active": parse_goal(calibrate_tau) if calibrate_tau else None,
         "calibration": calibration,
         "top_k": top_k,
+        "about": about.read_text(encoding="utf-8") if about else "",
         "allow_collapsed": allow_collapsed,
     }
     if backbone is None:

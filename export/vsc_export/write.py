@@ -76,6 +76,7 @@ def export_bundle(
     active: float | None = None,
     calibration: Path | None = None,
     top_k: int | None = None,
+    about: str = "",
     allow_collapsed: bool = False,
 ) -> Exported:
     """Turn a run into a bundle. Nothing appears under `out` unless every check passes.
@@ -91,6 +92,7 @@ def export_bundle(
         calibration: Data for the choice of tau, for int8 and for the model card's front; None
             takes the examples that the run kept.
         top_k: Places a row of an encoder with fixed shapes, written as well when given.
+        about: What its maker says of the model, Markdown for the top of the model card.
         allow_collapsed: Export a model whose figures say that it has collapsed.
 
     Raises:
@@ -132,7 +134,7 @@ def export_bundle(
             graphs=graphs,
             probes=write_probes(model, model.data, folder, tau, precision),
         )
-        card = model_card(checkpoint.state, manifest, parity, front, measured)
+        card = model_card(checkpoint.state, manifest, parity, front, measured, about)
         (folder / CARD).write_text(card, encoding="utf-8")
         manifest.files[CARD] = sha256(folder / CARD)
         (folder / MANIFEST).write_text(manifest.to_json(), encoding="utf-8")

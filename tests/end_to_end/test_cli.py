@@ -148,9 +148,6 @@ def test_a_missing_model_and_a_changed_byte_end_with_4(
     grey_folder: Path, tiny_bundle: Path, tmp_path: Path
 ) -> None:
     out = tmp_path / "codes.npz"
-    assert_fails(
-        vsc("encode", grey_folder, "--out", out, cwd=tmp_path), 4, "no model: give --model"
-    )
     missing = vsc("encode", grey_folder, "--out", out, "--model", tmp_path / "none")
     assert_fails(missing, 4, "no model bundle there")
     copy = tmp_path / "model"
@@ -176,6 +173,18 @@ def test_the_model_is_found_in_the_environment_and_in_the_folder(
     second = vsc("encode", grey_folder, "--out", tmp_path / "b.npz", cwd=tmp_path)
     assert second.code == 0
     assert re.search(r"^model +model ", second.err, re.M)
+
+
+def test_without_a_model_the_built_in_one_is_used_and_named(
+    grey_folder: Path, tmp_path: Path
+) -> None:
+    out = tmp_path / "codes.npz"
+    result = vsc("encode", grey_folder, "--out", out, cwd=tmp_path)
+    assert result.code == 0, result.err
+    assert re.search(r"^model .*photos32", result.err, re.M)
+    stored = read_codes(out)
+    assert stored.meta["model"] == "photos32"
+    assert stored.codes.shape == (200, 256)
 
 
 def test_cuda_that_is_not_there_ends_with_5(
