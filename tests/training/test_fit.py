@@ -68,31 +68,23 @@ def test_the_same_seed_gives_the_same_weights_and_another_seed_others(
 
 @pytest.mark.slow
 def test_a_killed_run_resumes_to_the_same_weights(grey_folder: Path, tmp_path: Path) -> None:
-    arguments = ["--threads", "1", "--set", "latent_dim=16", "--set", "hidden=256"]
-    arguments += ["--set", "steps=1500", "--set", "batch_size=32", "--set", "alpha=0.2"]
+    fields = ["latent_dim=16", "hidden=256", "steps=1500", "batch_size=32", "alpha=0.2"]
+    sets = [part for field in fields for part in ("--set", field)]
 
     def command(run: str, *more: str) -> list[str]:
-        return [
-            sys.executable,
-            "-m",
-            "vsc_serve",
-            "train",
-            str(grey_folder),
-            "--out",
-            run,
-            *arguments,
-            *more,
-        ]
+        start = [sys.executable, "-m", "vsc_serve", "train", str(grey_folder), "--threads", "1"]
+        return [*start, "--out", run, *more]
 
     whole, cut = tmp_path / "whole", tmp_path / "cut"
-    subprocess.run(command(str(whole)), check=True, capture_output=True)
-    process = subprocess.Popen(command(str(cut)), stderr=subprocess.DEVNULL)
+    subprocess.run(command(str(whole), *sets), check=True, capture_output=True)
+    process = subprocess.Popen(command(str(cut), *sets), stderr=subprocess.DEVNULL)
     give_up = time.monotonic() + 120
     while not (cut / CHECKPOINT).is_file() and time.monotonic() < give_up:
         time.sleep(0.01)
     os.kill(process.pid, signal.SIGKILL)
     process.wait()
     assert 0 < load_checkpoint(cut).state.step < 1500
+    # The run's own recipe is taken: the settings need not be given again.
     subprocess.run(command(str(cut), "--resume"), check=True, capture_output=True)
     first, second = weights_of(whole), weights_of(cut)
     assert all(torch.equal(first[key], second[key]) for key in first)

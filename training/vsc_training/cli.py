@@ -25,7 +25,10 @@ def train(
     data: Annotated[Path, typer.Argument(help="Folder of pictures, .npz or .npy.")],
     out: Annotated[Path, typer.Option(help="Run folder to write.")],
     *,
-    recipe: Annotated[str, typer.Option(help="sparse, paper, or a TOML file.")] = "sparse",
+    recipe: Annotated[
+        str | None,
+        typer.Option(help="sparse (default), paper, or a TOML file; --resume keeps the run's."),
+    ] = None,
     overrides: Annotated[
         list[str] | None, typer.Option("--set", help="Override a field: key=value.")
     ] = None,
@@ -51,7 +54,9 @@ def train(
     from vsc_training.config import load_recipe
     from vsc_training.distributed import joined_group
 
-    resolved = load_recipe(recipe, overrides or [], active=active)
+    resolved = load_recipe(
+        recipe or _own_recipe(out, resume=resume), overrides or [], active=active
+    )
     with joined_group(_device(device, threads)) as (group, own_device):
         talk = say if group.is_first else _keep_quiet
         if group.is_first and not resume:
@@ -104,6 +109,14 @@ def evaluate(
     )
     text = json.dumps(figures.to_json(), indent=2) if as_json else figures.table()
     sys.stdout.write(text + "\n")
+
+
+def _own_recipe(run: Path, *, resume: bool) -> str:
+    """Return the recipe of a run that is gone on with, else the default."""
+    from vsc_training.checkpoint import RECIPE
+
+    saved = run / RECIPE
+    return str(saved) if resume and saved.is_file() else "sparse"
 
 
 def _fit(
