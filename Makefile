@@ -23,7 +23,7 @@ demo: $(VENV)/installed
 	$(BIN)/vsc demo --force $(ARGS)
 
 test: $(VENV)/developed
-	$(BIN)/pytest $(ARGS)
+	$(BIN)/pytest -n auto --maxprocesses 4 --dist loadfile $(ARGS)
 
 lint: $(VENV)/developed
 	$(BIN)/ruff format --check .

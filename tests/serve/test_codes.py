@@ -14,7 +14,6 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from hypothesis.extra import numpy as hnp
 
-from vsc_serve import codes as codes_module
 from vsc_serve.codes import (
     FORMAT,
     canonical,
@@ -136,9 +135,9 @@ def test_stacking_puts_rows_below_one_another(parts):
 
 def test_more_entries_than_32_bits_count_get_64_bit_indices(monkeypatch, tmp_path):
     dense = np.eye(4, dtype=np.float32)
-    monkeypatch.setattr(codes_module, "_INT32_MAX", 4)
+    monkeypatch.setattr("vsc_serve.codes.rows._INT32_MAX", 4)
     assert dense_to_csr(dense).indptr.dtype == np.int32
-    monkeypatch.setattr(codes_module, "_INT32_MAX", 3)
+    monkeypatch.setattr("vsc_serve.codes.rows._INT32_MAX", 3)
     wide = dense_to_csr(dense)
     assert wide.indices.dtype == wide.indptr.dtype == np.int64
     stacked = stack_codes([wide, wide], 4)

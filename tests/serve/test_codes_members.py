@@ -312,7 +312,7 @@ def test_joined_files_have_the_bytes_of_the_stacked_rows(
 
 @pytest.mark.parametrize("compress", [False, True])
 def test_large_parts_join_to_the_bytes_of_the_stacked_rows(tmp_path, compress, monkeypatch):
-    monkeypatch.setattr(codes_module, "_TEXT_BLOCK", 1000)
+    monkeypatch.setattr("vsc_serve.codes.npz._TEXT_BLOCK", 1000)
     whole = write_shards(tmp_path / "codes", [9999, 4001, 7])
     parts = [shard.path for shard in list_shards(tmp_path / "codes")]
     join_codes(parts, tmp_path / "joined.npz", META, compress=compress)
@@ -322,7 +322,7 @@ def test_large_parts_join_to_the_bytes_of_the_stacked_rows(tmp_path, compress, m
 
 def test_more_entries_than_32_bits_count_are_joined_with_64_bit_indices(tmp_path, monkeypatch):
     whole = write_shards(tmp_path / "codes", [3, 2, 4])
-    monkeypatch.setattr(codes_module, "_INT32_MAX", whole.codes.nnz - 1)
+    monkeypatch.setattr("vsc_serve.codes.rows._INT32_MAX", whole.codes.nnz - 1)
     parts = [shard.path for shard in list_shards(tmp_path / "codes")]
     assert read_codes(parts[0]).codes.indices.dtype == np.int32
     join_codes(parts, tmp_path / "joined.npz", META)
@@ -334,7 +334,7 @@ def test_more_entries_than_32_bits_count_are_joined_with_64_bit_indices(tmp_path
 
 
 def test_members_past_the_32_bit_sizes_of_zip_are_read_back(tmp_path, monkeypatch):
-    monkeypatch.setattr(codes_module, "_ZIP64_BYTES", 1)
+    monkeypatch.setattr("vsc_serve.codes.npz._ZIP64_BYTES", 1)
     codes = some_codes()
     write_codes(tmp_path / "codes.npz", codes, IDS, META, compress=True)
     assert read_codes(tmp_path / "codes.npz").ids == IDS

@@ -619,7 +619,7 @@ def test_indices_of_64_bits_convert_like_those_of_32(write, to, monkeypatch):
     path = write(DENSE, IDS)
     out = converted(path, to)
     expected = out.read_bytes()
-    monkeypatch.setattr("vsc_serve.codes._INT32_MAX", 1)
+    monkeypatch.setattr("vsc_serve.codes.rows._INT32_MAX", 1)
     path = write(DENSE, IDS)
     assert read_codes(path).codes.indptr.dtype == np.int64
     if to == "h5ad":

@@ -72,7 +72,7 @@ def test_a_shard_that_cannot_be_written_leaves_neither_file_nor_record(
     def full(*arguments: object, **named: object) -> None:
         raise OSError(28, "No space left on device")
 
-    monkeypatch.setattr("vsc_serve.codes._write", full)
+    monkeypatch.setattr("vsc_serve.atomic.os.fsync", full)
     with pytest.raises(InputError, match=r"part-00000\.npz: cannot be written \(No space left"):
         write(parts, 0, 3)
     assert parts.record(0) is None

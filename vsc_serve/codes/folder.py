@@ -1,0 +1,170 @@
+"""A folder of codes files, shards, that are read as one."""
+
+import hashlib
+import json
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from itertools import chain
+from pathlib import Path
+from typing import Any, Final
+
+from vsc_serve.codes.npz import CodeFile, code_file, load_arrays
+from vsc_serve.codes.rows import concatenate_aligned, stack_codes
+from vsc_serve.errors import InputError
+
+SHARD_LIST: Final = "manifest.json"
+"""Names the shards of a folder, in order."""
+
+SHARD_FORMAT: Final = 1
+"""Newest format of that list this version reads."""
+
+_SAME_IN_ALL_SHARDS: Final = ("format", "model_digest", "tau", "view", "max_active")
+
+
+@dataclass(frozen=True, kw_only=True)
+class Shard:
+    """One file of a folder of shards."""
+
+    path: Path
+    """The `.npz` file."""
+    rows: int
+    """Rows it must hold."""
+    sha256: str | None
+    """Digest it must have, where the list gives one."""
+
+
+def read_codes(path: Path | str) -> CodeFile:
+    """Read a `codes.npz`, or a folder of shards as one.
+
+    Returns:
+        Codes, ids and provenance. A matrix that plain scipy wrote gets its row numbers as ids.
+
+    Raises:
+        InputError: The file is missing, not a codes file, damaged, or of a newer format; or shards
+            do not belong together.
+    """
+    path = Path(path)
+    parts = list(read_parts(path))
+    return parts[0] if len(parts) == 1 else _stack_files(path, parts)
+
+
+def read_parts(path: Path) -> Iterator[CodeFile]:
+    """Read a `codes.npz`, or the shards of a folder one after the other.
+
+    Raises:
+        InputError: As `read_codes`; of shards that do not belong together it knows nothing.
+    """
+    if path.is_dir():
+        yield from map(_read_shard, list_shards(path))
+    else:
+        yield code_file(path, load_arrays(path))
+
+
+def part_paths(path: Path) -> list[Path]:
+    """Return the files a path stands for: itself, or the shards of a folder."""
+    return [shard.path for shard in list_shards(path)] if path.is_dir() else [path]
+
+
+def is_shard_folder(path: Path) -> bool:
+    """Tell whether a folder holds shards of codes (a bundle's manifest lists no shards)."""
+    try:
+        return "shards" in json.loads((path / SHARD_LIST).read_text(encoding="utf-8"))
+    except (OSError, ValueError, TypeError):
+        return False
+
+
+def list_shards(folder: Path) -> list[Shard]:
+    """Return the shards of a folder in the order of their rows.
+
+    Raises:
+        InputError: The list is missing, damaged or of a newer format, or names no shards.
+    """
+    path = folder / SHARD_LIST
+    try:
+        stored = json.loads(path.read_text(encoding="utf-8"))
+        found, entries = int(stored["format"]), list(stored["shards"])
+    except FileNotFoundError:
+        raise InputError(
+            f"{folder}: a folder without {SHARD_LIST}, so no shards of codes. Give a codes.npz, or"
+            " a folder that `vsc encode --out FOLDER` wrote to its end."
+        ) from None
+    except KeyError as error:
+        raise InputError(
+            f"{path}: lists no shards of codes (no {error}). Is it a model bundle? Give codes."
+        ) from None
+    except (OSError, ValueError, TypeError) as error:
+        raise InputError(f"{path}: damaged ({error}). Encode again.") from error
+    if found > SHARD_FORMAT:
+        raise InputError(
+            f"{path}: format {found}, but this vsc-serve reads up to {SHARD_FORMAT}."
+            " Upgrade vsc-serve."
+        )
+    if not entries:
+        raise InputError(f"{path}: lists no shard. Encode again.")
+    return [_shard(path, entry) for entry in entries]
+
+
+def _shard(path: Path, entry: Any) -> Shard:
+    try:
+        name, rows, digest = str(entry["file"]), int(entry["rows"]), entry.get("sha256")
+        if not name or Path(name).name != name:
+            raise ValueError(f"{name!r} is no name of a file in this folder")
+    except (ValueError, TypeError, KeyError, AttributeError) as error:
+        raise InputError(f"{path}: damaged ({error!r}). Encode again.") from error
+    return Shard(path=path.parent / name, rows=rows, sha256=digest)
+
+
+def _read_shard(shard: Shard) -> CodeFile:
+    """Read one shard and compare it with the list."""
+    if shard.sha256 is not None and shard.path.is_file():
+        with shard.path.open("rb") as file:
+            found = hashlib.file_digest(file, "sha256").hexdigest()
+        if found != shard.sha256:
+            raise InputError(
+                f"{shard.path}: changed since it was written (sha256 {found[:12]}, but"
+                f" {SHARD_LIST} says {shard.sha256[:12]}). Delete the file and encode again."
+            )
+    stored = read_codes(shard.path)
+    if len(stored.ids) != shard.rows:
+        raise InputError(
+            f"{shard.path}: {len(stored.ids)} rows, but {SHARD_LIST} says {shard.rows}."
+            " Delete the file and encode again."
+        )
+    return stored
+
+
+def _stack_files(folder: Path, parts: Sequence[CodeFile]) -> CodeFile:
+    """Put the shards of a folder below one another; provenance is that of the first."""
+    first = parts[0]
+    for part in parts[1:]:
+        _refuse_other_kind(folder, part, first)
+    try:
+        return CodeFile(
+            codes=stack_codes([part.codes for part in parts], first.codes.shape[1]),
+            ids=list(chain.from_iterable(part.ids for part in parts)),
+            meta=first.meta,
+            gamma=concatenate_aligned("gamma", [part.gamma for part in parts]),
+            sigma=concatenate_aligned("sigma", [part.sigma for part in parts]),
+            digests=_chain_digests([part.digests for part in parts]),
+        )
+    except ValueError as error:
+        raise InputError(f"{folder}: {error}. Encode again.") from error
+
+
+def _chain_digests(parts: Sequence[list[str] | None]) -> list[str] | None:
+    given = [part for part in parts if part is not None]
+    if given and len(given) < len(parts):
+        raise ValueError(f"{len(given)} of {len(parts)} parts have digests: all or none must")
+    return list(chain.from_iterable(given)) if given else None
+
+
+def _refuse_other_kind(folder: Path, part: CodeFile, first: CodeFile) -> None:
+    """Raise InputError for a shard that cannot stand below the first one."""
+    facts: list[tuple[str, Any, Any]] = [("latents", part.codes.shape[1], first.codes.shape[1])]
+    facts += [(name, part.meta.get(name), first.meta.get(name)) for name in _SAME_IN_ALL_SHARDS]
+    for name, found, expected in facts:
+        if found != expected:
+            raise InputError(
+                f"{folder}: shards of two kinds: {name} is {expected} in the first and {found} in"
+                " another. Encode all with one model and the same options."
+            )
