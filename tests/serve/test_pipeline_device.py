@@ -1,0 +1,156 @@
+"""Models that take pixels from reading processes, as they do on GPUs; here they run on the CPU."""
+
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import onnx
+import pytest
+from numpy.typing import NDArray
+from PIL import Image
+
+from vsc_export.compaction import csr_graph
+from vsc_serve.bundle import ENCODER, ENCODER_CSR, Manifest, open_bundle
+from vsc_serve.encoder import EncodeOptions, Encoder
+from vsc_serve.errors import InputError
+from vsc_serve.pipeline import batches, stream
+from vsc_serve.pipeline.device import CompactEncoder, DevicePool, Encode, read_setup
+from vsc_serve.pipeline.pool import ProcessPool
+from vsc_serve.session import BoundSession, open_session, pin_memory
+from vsc_serve.sources import Source, find_sources
+
+
+@pytest.fixture
+def pictures(tmp_path: Path) -> Path:
+    """Forty grey 4x4 pictures, one of them broken."""
+    folder = tmp_path / "pictures"
+    folder.mkdir()
+    rng = np.random.default_rng(1)
+    for number in range(40):
+        Image.fromarray(rng.integers(0, 256, (4, 4), np.uint8)).save(folder / f"{number:02}.png")
+    (folder / "17.png").write_bytes(b"no picture")
+    return folder
+
+
+def found(folder: Path, times: int = 1) -> list[Source]:
+    return list(find_sources([str(folder)])) * times
+
+
+def bound(bundle: Path, name: str = ENCODER, batch_size: int = 256) -> BoundSession:
+    return BoundSession(open_session(bundle / name, device="cpu", threads=1), batch_size)
+
+
+def pool_of(bundle: Path, encoders: list[Encode], workers: int = 2) -> DevicePool:
+    setup = read_setup(open_bundle(bundle).manifest, len(encoders))
+    return DevicePool(setup, ProcessPool(setup, workers), encoders, {}, counts_near=True)
+
+
+def dense(bundle: Path) -> Encode:
+    encoder = Encoder(bound(bundle), open_bundle(bundle).manifest)
+    return encoder.encode_rows
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("size", [1, 7, None])
+def test_the_rows_are_those_of_a_model_alone(
+    tiny_bundle: Path, pictures: Path, size: int | None
+) -> None:
+    sources = found(pictures, 4)
+    with pool_of(tiny_bundle, [dense(tiny_bundle), dense(tiny_bundle)]) as pool:
+        results = list(batches(pool, iter(sources), size))
+    ids = [name for batch in results for name in batch.ids]
+    assert ids == [source.id for source in sources if source.id != "17.png"]
+    assert [name for batch in results for name, _ in batch.bad] == ["17.png"] * 4
+    expected = Encoder.open(tiny_bundle, device="cpu").encode([pictures / name for name in ids])
+    codes = np.concatenate([batch.rows.codes.toarray() for batch in results])
+    assert codes.tobytes() == expected.toarray().tobytes()
+
+
+@pytest.mark.slow
+def test_readers_wait_while_the_models_are_busy(tiny_bundle: Path, pictures: Path) -> None:
+    taken = 0
+
+    def endless() -> Iterator[Source]:
+        nonlocal taken
+        for source in found(pictures, 100):
+            taken += 1
+            yield source
+
+    with pool_of(tiny_bundle, [dense(tiny_bundle)], workers=1) as pool:
+        results = batches(pool, endless(), 2)
+        for _ in range(20):
+            next(results)
+        assert taken <= 2 * (20 + 4 + 3 + 1)
+
+
+@pytest.mark.slow
+def test_a_row_that_the_model_fails_on_is_left_out_alone(tiny_bundle: Path, pictures: Path) -> None:
+    marked = np.asarray(Image.open(pictures / "03.png"))
+    inner = dense(tiny_bundle)
+
+    def failing(pixels: NDArray[np.uint8]) -> Any:
+        if any((row[..., 0] == marked).all() for row in pixels):
+            raise InputError("row 0: gives values that are not finite")
+        return inner(pixels)
+
+    with pool_of(tiny_bundle, [failing]) as pool:
+        results = list(batches(pool, iter(found(pictures)), None))
+    bad = [one for batch in results for one in batch.bad]
+    assert bad[0] == ("03.png", "gives values that are not finite")
+    assert sum(len(batch.ids) for batch in results) == 38
+
+
+@pytest.fixture
+def compact(tiny_bundle: Path) -> CompactEncoder:
+    proto = csr_graph(onnx.load(tiny_bundle / ENCODER))
+    onnx.save(proto, tiny_bundle / ENCODER_CSR)
+    manifest: Manifest = open_bundle(tiny_bundle).manifest
+    return CompactEncoder(bound(tiny_bundle, ENCODER_CSR), manifest, EncodeOptions(tau=0.4))
+
+
+@pytest.mark.parametrize("count", [0, 1, 255, 256, 257, 600])
+def test_codes_compacted_by_the_graph_are_the_dense_ones(
+    compact: CompactEncoder, tiny_bundle: Path, count: int
+) -> None:
+    pixels = np.random.default_rng(0).integers(0, 256, (count, 4, 4, 1), np.uint8)
+    found = compact.encode(pixels)
+    expected = Encoder.open(tiny_bundle, device="cpu").encode_rows(pixels, EncodeOptions(tau=0.4))
+    assert found.codes.shape == expected.codes.shape
+    for name in ("data", "indices", "indptr"):
+        left, right = getattr(found.codes, name), getattr(expected.codes, name)
+        np.testing.assert_array_equal(left, right)
+    assert found.kept_energy == pytest.approx(expected.kept_energy)
+
+
+def test_a_bound_session_gives_what_a_plain_one_gives(tiny_bundle: Path) -> None:
+    plain = open_session(tiny_bundle / ENCODER, device="cpu", threads=1)
+    session = bound(tiny_bundle, batch_size=16)
+    assert session.engine == plain.engine
+    rng = np.random.default_rng(0)
+    for count in (16, 3, 1, 9):
+        feeds = {
+            "image": rng.integers(0, 256, (count, 4, 4, 1), np.uint8),
+            "tau_logit": np.array(0.1, np.float32),
+        }
+        for left, right in zip(
+            session.run(["code", "mu"], feeds), plain.run(["code", "mu"], feeds), strict=True
+        ):
+            np.testing.assert_array_equal(left, right)
+
+
+def test_pinning_memory_without_cuda_changes_nothing() -> None:
+    array = np.arange(10)
+    if pin_memory(array):
+        pytest.skip("this machine has the CUDA runtime")
+    np.testing.assert_array_equal(array, np.arange(10))
+
+
+@pytest.mark.gpu
+def test_every_gpu_gives_the_codes_of_the_cpu(tiny_bundle: Path, pictures: Path) -> None:
+    results = list(stream(tiny_bundle, [pictures], device="cuda", batch_size=7))
+    ids = [name for batch in results for name in batch.ids]
+    assert ids == [source.id for source in found(pictures) if source.id != "17.png"]
+    expected = Encoder.open(tiny_bundle, device="cpu").encode([pictures / name for name in ids])
+    codes = np.concatenate([batch.rows.codes.toarray() for batch in results])
+    np.testing.assert_allclose(codes, expected.toarray(), atol=1e-4)
