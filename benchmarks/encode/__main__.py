@@ -57,13 +57,17 @@ def measure(pictures: PictureSet, work: Path, count: int, rounds: int, *, has_to
 
 
 def _print_rates(rates: dict[str, list[float]]) -> None:
-    print("| | images/s | lowest to highest | of the limit | of the naive loop |")
-    print("|---|---|---|---|---|")
+    print("| | images/s | lowest to highest | of decode, model | and reading | of the naive loop |")
+    print("|---|---|---|---|---|---|")
     for name, found in rates.items():
         share = _ratio(found, rates["limit: decode, model"])
+        with_reading = _ratio(found, rates["limit: read, decode, model"])
         times = _ratio(found, rates["naive loop"])
         spread = f"{min(found):,.0f} to {max(found):,.0f}"
-        print(f"| {name} | {median(found):,.0f} | {spread} | {share:.0%} | {times:.1f}x |")
+        print(
+            f"| {name} | {median(found):,.0f} | {spread} | {share:.0%} | {with_reading:.0%} |"
+            f" {times:.1f}x |"
+        )
 
 
 def _ratio(above: Sequence[float], below: Sequence[float]) -> float:
