@@ -18,7 +18,7 @@ from pathlib import Path
 
 from benchmarks.quality.data import read_sources
 from benchmarks.quality.figures import Result, fit_and_measure
-from benchmarks.quality.runs import MODELS, Run, claim_runs, comparison_runs, recipe_digest
+from benchmarks.quality.runs import BUILTIN, MODELS, Run, claim_runs, comparison_runs, recipe_digest
 from benchmarks.quality.tables import claim_table, comparison_table, front_table
 from vsc_serve.errors import UsageError, VscError
 
@@ -87,9 +87,11 @@ def _print_tables(results: Sequence[Result], *, is_claim: bool) -> None:
 
 def _models(text: str) -> list[str]:
     names = text.split(",")
-    unknown = [name for name in names if name not in MODELS]
+    unknown = [name for name in names if name not in (*MODELS, BUILTIN)]
     if unknown:
-        raise UsageError(f"--models: no model {unknown[0]}; there are {', '.join(MODELS)}")
+        raise UsageError(
+            f"--models: no model {unknown[0]}; there are {', '.join((*MODELS, BUILTIN))}"
+        )
     return names
 
 

@@ -7,12 +7,15 @@ itself is fitted by `vsc_training.fit`, never here.
 
 import math
 from collections.abc import Iterator
+from pathlib import Path
 from typing import Final, Protocol
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from vsc_serve.codes import dense_to_csr
+from vsc_serve.encoder import Decoder, Encoder
 from vsc_training.config import Recipe
 from vsc_training.data import Examples
 from vsc_training.device import uses_bfloat16
@@ -60,6 +63,23 @@ class VscCoder:
     def decode(self, codes: Tensor) -> Tensor:
         """Return the means of the likelihood."""
         return self.model.decode(codes)
+
+
+class BundleCoder:
+    """An exported model, run by onnxruntime: the one that comes with the package."""
+
+    def __init__(self, path: Path) -> None:
+        self._encoder = Encoder.open(path, device="cpu", threads=1)
+        self._decoder = Decoder.open(path, device="cpu", threads=1)
+
+    def encode(self, rows: Tensor) -> Tensor:
+        """Return the codes of pictures in [0, 1]."""
+        pixels = (rows * 255.0).round().to(torch.uint8).numpy()
+        return torch.from_numpy(self._encoder.encode(pixels).toarray())
+
+    def decode(self, codes: Tensor) -> Tensor:
+        """Return the means of the likelihood."""
+        return torch.from_numpy(self._decoder.decode(dense_to_csr(codes.numpy())))
 
 
 class Pca:

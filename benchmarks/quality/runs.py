@@ -12,6 +12,7 @@ from torch import nn
 
 from benchmarks.quality.baselines import (
     Baseline,
+    BundleCoder,
     Coder,
     DenseVae,
     Pca,
@@ -21,6 +22,7 @@ from benchmarks.quality.baselines import (
     make_layers,
 )
 from vsc_serve.errors import UsageError
+from vsc_serve.models import builtin_model
 from vsc_training.config import Recipe, load_recipe
 from vsc_training.data import Examples
 from vsc_training.feed import Feed
@@ -42,6 +44,8 @@ MODELS: Final = (
     "pca-16",
 )
 """Models of the comparison; the number is the count of active latents."""
+BUILTIN: Final = "builtin"
+"""The model that comes with the package: for photographs only, so it is asked for by name."""
 CLAIM_MODELS: Final = ("vsc", "vsc-paper", "beta-vae")
 CLAIM_LATENTS: Final = (18, 36, 60, 100, 200)
 """Latents J over which the paper says that bound and disentanglement of VSC stay flat."""
@@ -91,7 +95,7 @@ def comparison_runs(
     """Yield the runs of the comparison on one data set, all models of a seed before the next."""
     for seed in range(seeds):
         for model in models:
-            if seed == 0 or not model.startswith("pca"):  # PCA has no seed
+            if seed == 0 or not model.startswith(("pca", BUILTIN)):  # these have no seed
                 yield Run(data=data, model=model, seed=seed, steps=steps, rows=rows)
 
 
@@ -136,6 +140,8 @@ def fit_run(run: Run, examples: Examples, weights: Path | None) -> dict[str, Cod
         The views to measure: for VSC one for each tau, else one with the name "".
     """
     kind, _, number = run.model.partition("-")
+    if run.model == BUILTIN:
+        return {"": BundleCoder(builtin_model())}
     if kind == "pca":
         rows = Feed.of(examples.rows, torch.device("cpu"))
         return {"": Pca(rows.take(torch.arange(len(examples.rows))), int(number))}
