@@ -55,7 +55,13 @@ def whole(tmp_path_factory: pytest.TempPathFactory, many: Path, tiny_bundle: Pat
 
 def start_and_wait_for_a_shard(out: Path, *arguments: object) -> "subprocess.Popen[str]":
     """Start a run, and return when its second shard is whole."""
-    process = subprocess.Popen(command(*arguments, "--out", out), stderr=subprocess.PIPE, text=True)
+    process = subprocess.Popen(
+        command(*arguments, "--out", out),
+        stderr=subprocess.PIPE,
+        text=True,
+        # Where the tests run in the background of a shell, Ctrl-C is ignored, and that is inherited.
+        preexec_fn=lambda: signal.signal(signal.SIGINT, signal.SIG_DFL),
+    )
     record = out.with_name(f"{out.name}.parts") / "part-00001.json"
     limit = time.monotonic() + 60
     while not record.exists() and process.poll() is None and time.monotonic() < limit:
