@@ -345,7 +345,8 @@ def test_doctor_says_what_is_installed() -> None:
     findings = {finding["name"]: finding for finding in json.loads(result.out)}
     assert findings["vsc-serve"]["mark"] == "ok"
     assert findings["engine"]["mark"] == "ok"
-    assert {"cuda", "train", "export", "serve"} <= set(findings)
+    assert {"cuda", "train", "export", "serve", "fast", "urls"} <= set(findings)
+    assert findings["built-in model"]["text"] == "photos32, J=256"
 
 
 def test_train_then_export_then_encode_as_typed(grey_folder: Path, tmp_path: Path) -> None:

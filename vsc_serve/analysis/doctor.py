@@ -7,13 +7,20 @@ from importlib.metadata import PackageNotFoundError, version
 from typing import Final
 
 from vsc_serve import __version__
-from vsc_serve.errors import DeviceError
+from vsc_serve.bundle import open_bundle
+from vsc_serve.errors import BundleError, DeviceError
+from vsc_serve.models import builtin_model
 from vsc_serve.session import cuda_is_there, installed_flavours
 
 _EXTRAS: Final = {
     "train": ("torch", "safetensors", "tensorboard"),
     "export": ("torch", "onnx", "onnxscript"),
     "serve": ("fastapi", "uvicorn", "python-multipart"),
+    "fast": ("simplejpeg",),
+    "heif": ("pillow-heif",),
+    "parquet": ("pyarrow",),
+    "urls": ("fsspec", "s3fs"),
+    "h5ad": ("anndata",),
 }
 """Packages that each extra brings."""
 
@@ -38,6 +45,7 @@ def examine() -> list[Finding]:
         ),
         _examine_engine(),
         _examine_cuda(),
+        _examine_builtin(),
     ]
     return base + [_examine_extra(name, packages) for name, packages in _EXTRAS.items()]
 
@@ -66,6 +74,14 @@ def _examine_cuda() -> Finding:
     return Finding(
         "-", "cuda", "none: encoding runs on the CPU. For a GPU: pip install 'vsc-serve[gpu]'"
     )
+
+
+def _examine_builtin() -> Finding:
+    try:
+        manifest = open_bundle(builtin_model()).manifest
+    except BundleError as error:
+        return Finding("FAIL", "built-in model", f"{error} Install vsc-serve again.")
+    return Finding("ok", "built-in model", f"{manifest.name}, J={manifest.latent_dim}")
 
 
 def _examine_extra(name: str, packages: tuple[str, ...]) -> Finding:
