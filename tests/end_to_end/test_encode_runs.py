@@ -59,7 +59,7 @@ def start_and_wait_for_a_shard(out: Path, *arguments: object) -> "subprocess.Pop
         command(*arguments, "--out", out),
         stderr=subprocess.PIPE,
         text=True,
-        # Where the tests run in the background of a shell, Ctrl-C is ignored, and that is inherited.
+        # In the background of a shell Ctrl-C is ignored, and children inherit that.
         preexec_fn=lambda: signal.signal(signal.SIGINT, signal.SIG_DFL),
     )
     record = out.with_name(f"{out.name}.parts") / "part-00001.json"
