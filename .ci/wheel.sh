@@ -54,7 +54,9 @@ for package in places:
     assert f"{package}/py.typed" in expected, f"{package} says nothing about its types"
 for recipe in ("sparse", "paper"):
     assert f"vsc_training/recipes/{recipe}.toml" in expected, f"no recipe {recipe}"
-kinds = {PurePosixPath(name).suffix for name in expected}
+models = {name for name in expected if name.startswith("vsc_serve/models/photos32")}
+assert "vsc_serve/models/photos32/manifest.json" in models, "no built-in model"
+kinds = {PurePosixPath(name).suffix for name in expected - models}
 assert kinds <= {".py", ".typed", ".toml", ".html"}, f"odd files: {sorted(kinds)}"
 assert any(name.endswith("licenses/LICENSE") for name in record), "no LICENSE in the wheel"
 
@@ -102,6 +104,8 @@ check_runtime() {
     expect_one_line 4 "no model bundle there" "$vsc" encode "$picture" --model none --out none.npz
     say "encode"
     "$vsc" encode "$picture" --model "$bundle" --out codes.npz
+    "$vsc" encode "$picture" --out builtin.npz 2> builtin.log || { cat builtin.log; fail "without a model"; }
+    grep -q photos32 builtin.log || fail "it does not say that it took the built-in model"
     [ ! -e run ] && [ ! -e model ] && [ ! -e none.npz ] || fail "a refused command wrote something"
 }
 
