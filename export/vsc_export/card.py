@@ -30,7 +30,7 @@ def model_card(
     return f"""# {manifest.name}
 
 A Variational Sparse Coding model (Tonolini, Jensen, Murray-Smith, UAI 2019), exported by vsc-serve.
-{about and chr(10) + about.strip() + chr(10)}
+{_about_text(about)}
     vsc encode images/ --out codes.npz --model .
 
 | what | value |
@@ -69,6 +69,11 @@ It knows what its training data looked like and no names of things: it does not 
 pictures of another kind are described with features that do not fit them. Codes of two models
 cannot be compared.
 """
+
+
+def _about_text(about: str) -> str:
+    """Return the maker's words as a paragraph of their own; nothing where there are none."""
+    return f"\n{about.strip()}\n" if about.strip() else ""
 
 
 def _precision_note(manifest: Manifest) -> str:

@@ -130,7 +130,7 @@ def start_run(
     *,
     resume: bool,
     force: bool,
-) -> bool:
+) -> None:
     """Make the run folder and write what is known before training.
 
     Args:
@@ -139,12 +139,9 @@ def start_run(
         examples: The data; a few rows are kept for the export.
         resume: Keep what is there.
         force: Remove what is there.
-
-    Returns:
-        Whether there is a checkpoint to resume from.
     """
     if resume and (run / CHECKPOINT).is_file():
-        return True
+        return
     if run.is_dir() and force:
         shutil.rmtree(run)
     run.mkdir(parents=True, exist_ok=True)
@@ -159,7 +156,6 @@ def start_run(
                 (json.dumps({"id": image.id, "reason": image.reason}) + "\n").encode()
                 for image in examples.bad
             )
-    return False
 
 
 def save_samples(run: Path, rows: NDArray[Any], pictures: NDArray[np.uint8] | None = None) -> None:
