@@ -2,10 +2,10 @@
 
 import hashlib
 import logging
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any, Final, Literal, get_args
+from typing import TYPE_CHECKING, Any, Final, Literal, get_args
 
 import numpy as np
 import PIL
@@ -26,6 +26,10 @@ from vsc_serve.errors import BundleError, InputError, UsageError
 from vsc_serve.images import decode_pixels, read_pixels
 from vsc_serve.preprocess import PixelSpec
 from vsc_serve.session import Device, Session, open_session
+from vsc_serve.sources import Ids
+
+if TYPE_CHECKING:
+    from vsc_serve.pipeline import Batch
 
 logger = logging.getLogger(__name__)
 
@@ -103,6 +107,7 @@ class Encoder:
     def __init__(self, session: Session, manifest: Manifest) -> None:
         """Wrap an open session. `Encoder.open` is what most callers want."""
         self._session = session
+        self._opened_from: tuple[Path, Device] | None = None
         self.manifest = manifest
 
     @classmethod
@@ -121,6 +126,7 @@ class Encoder:
         bundle = open_bundle(Path(path))
         session = open_session(bundle.path / ENCODER, device=device, threads=threads)
         encoder = cls(session, bundle.manifest)
+        encoder._opened_from = (bundle.path, device)
         logger.info("%s: %s on %s", path, bundle.manifest.name, session.engine)
         _check_probes(encoder, bundle)
         return encoder
@@ -171,6 +177,49 @@ class Encoder:
             for start in range(0, len(rows), BATCH_SIZE)
         ]
         return stack_rows(parts, self.manifest.latent_dim)
+
+    def stream(
+        self,
+        inputs: Sequence[Path | str],
+        options: EncodeOptions = PLAIN,
+        *,
+        workers: int | None = None,
+        batch_size: int | None = None,
+        exclude: Sequence[str] = (),
+        ids: Ids = "relative",
+    ) -> "Iterator[Batch]":
+        """Encode pictures as `vsc encode` does, on all processors; give codes as they are ready.
+
+            for batch in encoder.stream(["images/"]):
+                batch.ids, batch.rows.codes, batch.bad
+
+        Args:
+            inputs: Folders, files, patterns, archives and URLs.
+            options: Threshold, values, and what else to give.
+            workers: Processes; by default one for each processor that may be used; 0 is threads.
+            batch_size: Sources of a batch; by default as many as take a tenth of a second.
+            exclude: Patterns of paths to leave out.
+            ids: What rows are called.
+
+        Raises:
+            VscError: No picture was found; on the first batch.
+            UsageError: The encoder was not opened from a bundle, which workers need.
+        """
+        from vsc_serve.pipeline import stream  # the one import upwards: see pyproject.toml
+
+        if self._opened_from is None:
+            raise UsageError("stream needs an encoder that Encoder.open opened from a bundle")
+        path, device = self._opened_from
+        return stream(
+            path,
+            inputs,
+            options,
+            device=device,
+            workers=workers,
+            batch_size=batch_size,
+            exclude=exclude,
+            ids=ids,
+        )
 
     def provenance(
         self, options: EncodeOptions = PLAIN, *, tau: float | None = None

@@ -77,7 +77,7 @@ class Parts:
 
     @contextmanager
     def locked(self) -> Iterator[None]:
-        """Make the folder and keep other runs out of it.
+        """Make the folder and keep other runs out of it; without a finished shard it goes again.
 
         Raises:
             UsageError: Another run is at work there.
@@ -90,7 +90,11 @@ class Parts:
             raise InputError(f"{self.folder}: cannot be written ({error.strerror}).") from error
         try:
             _take(lock, self.folder)
-            yield
+            try:
+                yield
+            finally:
+                if not any(self._records()):
+                    self.remove()
         finally:
             os.close(lock)
 
@@ -105,7 +109,7 @@ class Parts:
         if earlier == run:
             return []
         differing = sorted(name for name in run if earlier.get(name) != run[name])
-        had_shards = any(self.folder.glob("part-*.json"))
+        had_shards = any(self._records())
         for path in self.folder.glob("part-*"):
             path.unlink()
         _write_json(self.folder / _RUN, run)
@@ -123,6 +127,12 @@ class Parts:
         if not stored or not self._path(number, "npz").is_file():
             return None
         return ShardRecord(**stored | {"bad": [(name, why) for name, why in stored["bad"]]})
+
+    def count_sources(self) -> int:
+        """Return how many sources the finished shards have."""
+        numbers = [int(path.stem.removeprefix("part-")) for path in self._records()]
+        records = [self.record(number) for number in numbers]
+        return sum(record.sources for record in records if record is not None)
 
     def write(
         self,
@@ -179,6 +189,9 @@ class Parts:
     def remove(self) -> None:
         """Remove the folder and what is in it."""
         shutil.rmtree(self.folder, ignore_errors=True)
+
+    def _records(self) -> Iterator[Path]:
+        return self.folder.glob("part-*.json")
 
     def _path(self, number: int, ending: str) -> Path:
         return self.folder / f"part-{number:05}.{ending}"

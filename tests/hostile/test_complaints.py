@@ -1,8 +1,11 @@
 """What users of such tools complain about, and cannot here: each complaint at the command line."""
 
 import json
+import os
+import signal
 import subprocess
 import sys
+import time
 from pathlib import Path
 
 import numpy as np
@@ -91,6 +94,111 @@ def test_complaint_one_truncated_image_stops_the_run_or_shifts_the_rows(
     lines = (tmp_path / "codes.errors.jsonl").read_text().splitlines()
     assert [json.loads(line)["id"] for line in lines] == ["00.png", "05.png", "06.png", "11.png"]
     assert all("broken image: " in json.loads(line)["reason"] for line in lines)
+
+
+@pytest.mark.slow
+def test_complaint_rows_are_shifted_against_their_files(grey_folder, tiny_bundle, tmp_path):
+    """Among empty, cut, mislabelled and unusual files, every row is the code of its own file."""
+    pictures = sorted(grey_folder.rglob("*.png"))[:30]
+    folder = tmp_path / "pictures"
+    for number, picture in enumerate(pictures):
+        path = folder / f"{number % 3}" / f"Bild {29 - number:02} é.png"
+        path.parent.mkdir(parents=True, exist_ok=True)
+        path.write_bytes(picture.read_bytes())
+    for number, content in enumerate((b"", b"no picture", pictures[0].read_bytes()[:60])):
+        (folder / f"{number}" / f"Bild 0{number} broken.png").write_bytes(content)
+        (folder / f"{number}.jpg").write_bytes(content)
+    done = encode(tiny_bundle, folder, "--out", tmp_path / "codes.npz", "--batch-size", "4")
+    assert done.returncode == 0, done.stderr
+    stored = read_codes(tmp_path / "codes.npz")
+    assert len(stored.ids) == stored.codes.shape[0] == 30
+    encoder = Encoder.open(tiny_bundle)
+    alone = [encoder.encode([folder / name]).toarray()[0] for name in stored.ids]
+    np.testing.assert_array_equal(stored.codes.toarray(), alone)
+    assert len(np.unique(alone, axis=0)) > 5, "codes that are all alike would hide a shift"
+
+
+@pytest.mark.slow
+def test_complaint_a_new_image_means_that_everything_is_done_again(
+    grey_folder, tiny_bundle, tmp_path
+):
+    folder = tmp_path / "pictures"
+    folder.mkdir()
+    pictures = sorted(grey_folder.rglob("*.png"))[:40]
+    for picture in pictures[:38]:
+        (folder / picture.name).write_bytes(picture.read_bytes())
+    update = (folder, "--out", tmp_path / "codes.npz", "--update", "--json")
+    assert json.loads(encode(tiny_bundle, *update).stdout)["fresh"] == 38
+    (folder / pictures[0].name).unlink()
+    for picture in pictures[38:]:
+        (folder / picture.name).write_bytes(picture.read_bytes())
+    again = json.loads(encode(tiny_bundle, *update).stdout)
+    assert (again["images"], again["fresh"]) == (39, 2)
+    whole = encode(tiny_bundle, folder, "--out", tmp_path / "whole.npz", "--update")
+    assert whole.returncode == 0, whole.stderr
+    assert (tmp_path / "codes.npz").read_bytes() == (tmp_path / "whole.npz").read_bytes()
+
+
+@pytest.mark.slow
+def test_complaint_an_interrupt_leaves_a_broken_file(grey_folder, tiny_bundle, tmp_path):
+    """Whenever Ctrl-C comes, the old file stays whole and the next run gives the right one."""
+    folder = tmp_path / "pictures"
+    folder.mkdir()
+    pictures = sorted(grey_folder.rglob("*.png"))
+    for number in range(3000):
+        os.link(pictures[number % len(pictures)], folder / f"{number:04}.png")
+    out = tmp_path / "codes.npz"
+    assert encode(tiny_bundle, folder, "--out", out).returncode == 0
+    expected = out.read_bytes()
+    ended = [interrupt(tiny_bundle, folder, out, after) for after in (0.0, 0.1, 0.3, 0.6)]
+    assert set(ended) <= {0, 130}
+    assert 130 in ended, "no run was interrupted: the test says nothing"
+    assert out.read_bytes() == expected
+    assert encode(tiny_bundle, folder, "--out", out, "--force").returncode == 0
+    assert out.read_bytes() == expected
+
+
+def interrupt(bundle: Path, folder: Path, out: Path, after: float) -> int:
+    """Press Ctrl-C some seconds after the first shard is begun, and return the exit code."""
+    words = ["encode", str(folder), "--out", str(out), "--model", str(bundle), "--force"]
+    process = subprocess.Popen(
+        [sys.executable, "-m", "vsc_serve", *words],
+        stderr=subprocess.DEVNULL,
+        preexec_fn=lambda: signal.signal(signal.SIGINT, signal.default_int_handler),
+    )
+    while process.poll() is None and len(list(out.parent.glob("codes*"))) < 2:
+        time.sleep(0.01)
+    time.sleep(after)
+    process.send_signal(signal.SIGINT)
+    return process.wait(60)
+
+
+@pytest.mark.slow
+def test_complaint_memory_grows_with_the_number_of_images(grey_folder, tiny_bundle, tmp_path):
+    """A run over ten times the images, in shards of one size, needs no more memory."""
+    pictures = sorted(grey_folder.rglob("*.png"))
+    peaks = []
+    for count in (3000, 30_000):
+        folder = tmp_path / str(count)
+        for number in range(count):
+            path = folder / f"{number // 1000:02}" / f"{number:05}.png"
+            path.parent.mkdir(parents=True, exist_ok=True)
+            os.link(pictures[number % len(pictures)], path)
+        peaks.append(peak_mib(tiny_bundle, folder, tmp_path / f"codes{count}.npz"))
+    assert peaks[1] < 1.1 * peaks[0]
+
+
+def peak_mib(bundle: Path, folder: Path, out: Path) -> float:
+    """Encode in one process and return its largest memory."""
+    words = ["encode", str(folder), "--out", str(out), "--model", str(bundle)]
+    words += ["--workers", "0", "--shard-rows", "1000"]
+    process = subprocess.Popen(
+        [sys.executable, "-m", "vsc_serve", *words], stderr=subprocess.DEVNULL
+    )
+    _, status, usage = os.wait4(process.pid, 0)
+    process.returncode = os.waitstatus_to_exitcode(status)
+    assert process.returncode == 0
+    return usage.ru_maxrss / 1024
 
 
 @pytest.mark.slow

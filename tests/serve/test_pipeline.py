@@ -3,6 +3,7 @@
 import importlib
 import json
 from collections.abc import Iterator
+from itertools import chain
 from pathlib import Path
 from types import ModuleType
 from typing import Any
@@ -179,6 +180,20 @@ def test_a_program_gets_the_codes_of_a_folder_as_a_stream(
     assert not bad
 
 
+@pytest.mark.slow
+def test_an_open_encoder_streams_like_the_command(tiny_bundle: Path, pictures: Path) -> None:
+    encoder = Encoder.open(tiny_bundle, device="cpu")
+    given = collect(encoder.stream([pictures], EncodeOptions(tau=0.3), exclude=["1*"], workers=0))
+    options = EncodeOptions(tau=0.3)
+    assert given == collect(stream(tiny_bundle, [pictures], options, exclude=["1*"], device="cpu"))
+    assert given[0]
+
+
+def test_an_encoder_that_came_from_no_bundle_cannot_stream(fake_encoder: Encoder) -> None:
+    with pytest.raises(UsageError, match=r"Encoder\.open opened from a bundle"):
+        fake_encoder.stream(["images"])
+
+
 def test_a_stream_says_what_is_wrong_with_its_first_batch(
     tiny_bundle: Path, tmp_path: Path
 ) -> None:
@@ -279,6 +294,34 @@ def test_sources_are_taken_only_a_little_ahead_of_the_codes(
         assert taken <= 4
         next(results)
         assert taken <= 5
+
+
+def test_an_interrupt_while_resuming_keeps_the_shards_of_the_run_before(
+    fake_encoder: Encoder, picture_folder: Path, tmp_path: Path
+) -> None:
+    out = tmp_path / "codes.npz"
+    sources = found(picture_folder)
+    fields: dict[str, Any] = {"shard_rows": 3, "chunk_size": 1}
+
+    def stopped(place: int) -> Iterator[Source]:
+        yield from sources[:place]
+        raise KeyboardInterrupt
+
+    for place in (9, 0, 2):
+        with pytest.raises(Interrupted, match=r"6 images are done and kept in .*npz\.parts"):
+            run_in_threads(fake_encoder, stopped(place), out, **fields)
+
+
+def test_a_run_that_ends_before_its_first_shard_leaves_no_folder(
+    fake_encoder: Encoder, tmp_path: Path
+) -> None:
+    def stopped() -> Iterator[Source]:
+        raise KeyboardInterrupt
+        yield
+
+    with pytest.raises(Interrupted, match="Nothing was written"):
+        run_in_threads(fake_encoder, stopped(), tmp_path / "codes.npz")
+    assert list(tmp_path.iterdir()) == []
 
 
 @pytest.mark.slow
@@ -448,6 +491,33 @@ def test_chunks_grow_with_the_speed_and_stay_within_bounds() -> None:
     fixed = ChunkSize(5)
     fixed.learn(piece(16, 16 * 20e-6))
     assert fixed.value == 5
+
+
+def test_chunks_shrink_towards_the_end_so_that_no_worker_is_left_alone() -> None:
+    size = ChunkSize(largest=256, workers=2)
+    size.value = 256
+    sources: list[Any] = list(range(4000))
+    chunks = list(size.cut(iter(sources)))
+    lengths = [len(chunk) for chunk in chunks]
+    assert list(chain.from_iterable(chunks)) == sources
+    assert lengths[:8] == [256] * 8
+    assert lengths == sorted(lengths, reverse=True)
+    assert lengths[-1] <= 8
+    alone = ChunkSize(largest=256)
+    alone.value = 256
+    assert [len(chunk) for chunk in alone.cut(iter(sources[:600]))] == [256, 256, 88]
+
+
+def test_a_chunk_that_turns_out_slow_makes_the_next_ones_small_at_once() -> None:
+    size = ChunkSize(largest=64, workers=2)
+    size.value = 64
+    sources: list[Any] = list(range(400))
+    chunks = size.cut(iter(sources))
+    first = next(chunks)
+    size.value = 8
+    rest = list(chunks)
+    assert [len(first), len(rest[0])] == [64, 8]
+    assert [*first, *chain.from_iterable(rest)] == sources
 
 
 def test_the_default_is_one_process_for_each_usable_processor(

@@ -1,6 +1,7 @@
 """Shards: whole or not there, and only for the run they belong to."""
 
 import json
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -29,11 +30,11 @@ def write(parts: Parts, number: int, count: int) -> ShardRecord:
 
 
 @pytest.fixture
-def parts(tmp_path: Path) -> Parts:
+def parts(tmp_path: Path) -> Iterator[Parts]:
     found = Parts.beside(tmp_path / "codes.npz")
     with found.locked():
         found.begin({"model": "m"})
-    return found
+        yield found
 
 
 def test_parts_lie_beside_the_output(parts: Parts, tmp_path: Path) -> None:
@@ -88,12 +89,13 @@ def test_the_same_run_finds_its_shards_and_another_one_discards_them(parts: Part
     assert parts.begin({"model": "m"}) == []
 
 
-def test_two_runs_cannot_write_the_same_output_at_once(parts: Parts) -> None:
-    other = Parts(parts.folder)
+def test_two_runs_cannot_write_the_same_output_at_once(tmp_path: Path) -> None:
+    parts, other = Parts(tmp_path / "p"), Parts(tmp_path / "p")
     with parts.locked(), pytest.raises(UsageError, match="another run is writing there"):
         other.locked().__enter__()
     with other.locked():
-        pass
+        assert other.folder.is_dir()
+    assert not other.folder.exists()
 
 
 def test_joined_shards_are_the_bytes_of_one_file(parts: Parts, tmp_path: Path) -> None:

@@ -67,6 +67,10 @@ def test_a_bad_override_says_what_and_what_to_do(override: str, message: str) ->
         load_recipe("sparse", [override])
 
 
+def test_a_number_may_be_written_without_its_zero() -> None:
+    assert load_recipe("sparse", ["learning_rate=.001", "alpha=5e-2"]).learning_rate == 0.001
+
+
 def test_an_unknown_recipe_names_the_known_ones() -> None:
     with pytest.raises(UsageError, match="not one of sparse, paper"):
         load_recipe("dense")

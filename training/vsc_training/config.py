@@ -192,14 +192,21 @@ def _read_toml(name: str) -> dict[str, Any]:
 
 
 def _parse_override(text: str) -> tuple[str, Any]:
-    """Read `key=value`; the value is TOML, or a plain word."""
+    """Read `key=value`; the value is TOML, a number as one writes it (`.01`), or a plain word."""
     key, separator, value = text.partition("=")
     if not separator:
         raise UsageError(f"--set {text}: expected key=value, for example --set alpha=0.02")
     try:
         return key.strip(), tomllib.loads(f"value = {value}")["value"]
     except tomllib.TOMLDecodeError:
-        return key.strip(), value.strip()
+        return key.strip(), _number_or_word(value.strip())
+
+
+def _number_or_word(text: str) -> float | str:
+    try:
+        return float(text)
+    except ValueError:
+        return text
 
 
 def _check_type(name: str, value: object, hint: Any) -> None:

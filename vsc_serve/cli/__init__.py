@@ -54,10 +54,8 @@ def main() -> None:
         code = app(standalone_mode=False)
     except VscError as error:
         _fail(error)
-    except KeyboardInterrupt:
+    except (KeyboardInterrupt, typer.Abort):
         _fail(Interrupted("interrupted. Nothing is half-written; run the same command again."))
-    except typer.Abort:
-        sys.exit(Interrupted.exit_code)
     except Exception as error:
         if not hasattr(error, "format_message"):  # what typer raises for wrong arguments has it
             raise

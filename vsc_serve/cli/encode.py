@@ -28,6 +28,7 @@ if TYPE_CHECKING:
     from vsc_serve.pipeline import Figures, Outcome, Pool, Request, Scan
 
 _SHARD_ROWS: Final = 100_000
+_ONE: Final = {"processes": "process", "threads": "thread"}
 _CHOICES: Final = {
     "ids": ("relative", "absolute", "name"),
     "on-error": ("skip", "fail"),
@@ -226,8 +227,14 @@ def _speed(outcome: "Outcome", pool: "Pool") -> str:
     repeated = f", {new:,} of them new" if new < rows else ""
     return (
         f"{rows:,} images in {outcome.total_s:.1f} s{repeated},"
-        f" {rows / max(outcome.total_s, 1e-9):,.0f}/s, {pool.workers} {pool.kind}  ({shares})"
+        f" {rows / max(outcome.total_s, 1e-9):,.0f}/s, {_team(pool)}  ({shares})"
     )
+
+
+def _team(pool: "Pool") -> str:
+    """Say how many worked: `2 processes`, `1 process`."""
+    word, space, rest = pool.kind.partition(" ")
+    return f"{pool.begun} {_ONE.get(word, word) if pool.begun == 1 else word}{space}{rest}"
 
 
 def _kept_energy(request: "Request", figures: "Figures") -> str:

@@ -79,6 +79,11 @@ class DevicePool:
         """Wait for the devices, and end the readers."""
         self._stack.__exit__(kind, error, trace)
 
+    @property
+    def begun(self) -> int:
+        """How many readers were at work at a time."""
+        return self._readers.begun
+
     def provenance(self) -> dict[str, Any]:
         """Return what a codes file says about where its codes come from."""
         return self._provenance

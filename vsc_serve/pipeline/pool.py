@@ -41,6 +41,7 @@ class ProcessPool:
         self, setup: Setup | PixelSetup, workers: int, *, image_limit_s: float = IMAGE_LIMIT_S
     ) -> None:
         self.workers = workers
+        self.begun = 0
         self.kind = "processes"
         self.largest_chunk = CHUNK
         self.counts_near = True
@@ -55,7 +56,7 @@ class ProcessPool:
 
     def __enter__(self) -> Self:
         """Start the first worker."""
-        self._team.append(Worker(self._setup))
+        self._hire()
         return self
 
     def __exit__(
@@ -108,6 +109,12 @@ class ProcessPool:
                 yield self._take(following)
                 following += 1
 
+    def _hire(self) -> Worker:
+        worker = Worker(self._setup)
+        self._team.append(worker)
+        self.begun = max(self.begun, len(self._team))
+        return worker
+
     def _is_done(self, number: int) -> bool:
         done = self._done.get(number, ())
         return bool(done) and sum(len(piece.stamps) for piece in done) == self._sizes[number]
@@ -122,8 +129,7 @@ class ProcessPool:
             roomy = [one for one in self._team if one.has_room]
             worker = min(roomy, key=lambda one: len(one.tasks), default=None)
             if (worker is None or worker.tasks) and len(self._team) < self.workers:
-                worker = Worker(self._setup)
-                self._team.append(worker)
+                worker = self._hire()
             if worker is None or len(worker.tasks) >= TASKS_AHEAD:
                 return
             worker.give(self._tasks.popleft())
@@ -175,7 +181,7 @@ class ProcessPool:
         if suspect is not None:
             self._suspect(suspect, why)
         if not self._team:
-            self._team.append(Worker(self._setup))
+            self._hire()
 
     def _suspect(self, task: Task, why: str) -> None:
         if len(task.sources) == 1:

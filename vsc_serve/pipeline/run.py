@@ -107,9 +107,6 @@ def run_job(
         run.finish()
     except KeyboardInterrupt:
         raise Interrupted(run.how_to_go_on()) from None
-    finally:
-        if not run.records:
-            parts.remove()
     run.outcome.total_s = time.perf_counter() - began
     return run.outcome
 
@@ -171,7 +168,7 @@ class _Run:
     def encode(self, pool: Pool, sources: Iterator[Source]) -> None:
         """Make every shard that is not there yet."""
         self._counts_near = pool.counts_near
-        size = ChunkSize(self._job.chunk_size, pool.largest_chunk)
+        size = ChunkSize(self._job.chunk_size, pool.largest_chunk, pool.workers)
         for piece in pool.run(self._plan(sources, size)):
             size.learn(piece)
             self._reuse_shards()
@@ -212,7 +209,7 @@ class _Run:
 
     def how_to_go_on(self) -> str:
         """Return what to tell someone who interrupted the run."""
-        kept = sum(record.sources for record in self.records)
+        kept = self._parts.count_sources()
         if not kept:
             return "interrupted before the first shard was whole. Nothing was written."
         return (

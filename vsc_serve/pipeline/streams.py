@@ -63,7 +63,7 @@ def stream(
 
 def batches(pool: Pool, sources: Iterator[Source], batch_size: int | None) -> Iterator[Batch]:
     """Encode sources with what reads and encodes; see `stream`."""
-    size = ChunkSize(batch_size, pool.largest_chunk)
+    size = ChunkSize(batch_size, pool.largest_chunk, pool.workers)
     waiting: deque[Chunk] = deque()
 
     def noted() -> Iterator[Chunk]:

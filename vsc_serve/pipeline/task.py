@@ -169,7 +169,7 @@ class Pool(Protocol):
     """What does chunks: processes, threads, or a plain loop."""
 
     workers: int
-    """How many chunks are worked on at a time."""
+    """How many chunks are worked on at a time, at most."""
     kind: str
     """What works, in the plural, for people."""
     largest_chunk: int
@@ -187,6 +187,10 @@ class Pool(Protocol):
         trace: TracebackType | None,
     ) -> None:
         """End."""
+
+    @property
+    def begun(self) -> int:
+        """How many chunks were worked on at a time: a small job does not need all workers."""
 
     def provenance(self) -> dict[str, Any]:
         """Return what a codes file says about where its codes come from."""

@@ -30,6 +30,7 @@ class ThreadPool:
 
     def __init__(self, work: Work, workers: int) -> None:
         self.workers = workers
+        self.begun = workers
         self.kind = "threads"
         self.largest_chunk = CHUNK
         self.counts_near = True
@@ -86,6 +87,7 @@ class ArrayLoop:
 
     def __init__(self, encoder: Encoder, rows: NDArray[Any], options: EncodeOptions) -> None:
         self.workers = 1
+        self.begun = 1
         self.kind = "loop"
         self.largest_chunk = CHUNK
         self.counts_near = True
