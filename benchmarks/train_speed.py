@@ -7,8 +7,12 @@ medians over the rounds.
 
 - step: `Trainer.advance`, as `vsc train` runs it.
 - step, float32: the same without bfloat16 products.
-- plain loop: the same objective written down directly: a DataLoader over tensors, images x
-  pseudo-inputs x latents expanded, float32, Adam as it comes.
+- step, compiled: the same with `--compile`; where there is a C++ compiler.
+- plain loop: the same objective written down directly: a DataLoader over tensors, the formula of
+  the paper (supplement C, equation 9) as it is printed over images x pseudo-inputs x latents,
+  float32, Adam as it comes.
+- plain loop, from logits: the same with `kl_pairs`, which takes logarithms before it expands: what
+  one writes who knows that logarithms are slow.
 - products: the step's matrix products, forward and backward, in the precision that the step does
   them in (or all in float32), and nothing else. No step can be faster.
 """
@@ -16,6 +20,7 @@ medians over the rounds.
 import argparse
 import multiprocessing
 import os
+import shutil
 import time
 from collections.abc import Callable, Iterator
 from concurrent.futures import ProcessPoolExecutor
@@ -35,7 +40,7 @@ from vsc_training.data import Examples
 from vsc_training.device import uses_bfloat16
 from vsc_training.fit import Trainer
 from vsc_training.model import VSC, DataSpec
-from vsc_training.objective import balance, kl_pairs, sparsity_per_latent
+from vsc_training.objective import Posterior, balance, kl_pairs, sparsity_per_latent
 from vsc_training.smiley import generate
 
 IMAGE_COUNT = 8192
@@ -45,6 +50,7 @@ FLAGS = ("avx2", "avx512f", "avx512_bf16", "amx_bf16")
 
 Step = Callable[[], object]
 Clock = Callable[[], float]
+Pairs = Callable[[Posterior, Posterior], torch.Tensor]
 
 
 def make_examples() -> Examples:
@@ -56,12 +62,24 @@ def make_examples() -> Examples:
     return Examples(np.ascontiguousarray(pixels), ids, spec)
 
 
-def our_step(recipe: Recipe) -> Step:
+def our_step(recipe: Recipe, *, is_compiled: bool = False) -> Step:
     """Return the step of `vsc train`."""
-    return Trainer(recipe, make_examples(), torch.device("cpu")).advance
+    return Trainer(recipe, make_examples(), torch.device("cpu"), is_compiled=is_compiled).advance
 
 
-def plain_step(recipe: Recipe) -> Step:
+def printed_pairs(q: Posterior, p: Posterior) -> torch.Tensor:
+    """Return `kl_pairs` with the formula as the paper prints it, everything expanded."""
+    gamma, gamma_u = torch.sigmoid(q.spike_logit)[:, None], torch.sigmoid(p.spike_logit)
+    sigma, sigma_u = torch.exp(0.5 * q.logvar)[:, None], torch.exp(0.5 * p.logvar)
+    gamma = gamma.clamp(1e-6, 1 - 1e-6)
+    distance = sigma**2 + (q.mu[:, None] - p.mu) ** 2
+    slab = torch.log(sigma_u / sigma) + distance / (2 * sigma_u**2) - 0.5
+    spike = gamma * torch.log(gamma / gamma_u)
+    spike = spike + (1 - gamma) * torch.log((1 - gamma) / (1 - gamma_u))
+    return (gamma * slab + spike).sum(2)
+
+
+def plain_step(recipe: Recipe, pairs: Pairs) -> Step:
     """Return a step as one writes it down: easy to read, nothing measured."""
     examples = make_examples()
     images = torch.from_numpy(examples.rows).float() / 255.0
@@ -85,7 +103,7 @@ def plain_step(recipe: Recipe) -> Step:
         slab = q.mu + torch.randn_like(q.mu) * torch.exp(0.5 * q.logvar)
         raw = model.decoder(spike * slab)
         error = F.binary_cross_entropy_with_logits(raw, batch, reduction="sum") / len(batch)
-        kl = (weights * kl_pairs(q, prior)).sum(1).mean()
+        kl = (weights * pairs(q, prior)).sum(1).mean()
         sparsity = sparsity_per_latent(gamma.mean(0), recipe.alpha)
         loss = error + recipe.beta * kl
         loss = loss + recipe.sparsity_weight * sparsity
@@ -156,17 +174,20 @@ def images_per_second(
     """Print a table of the contenders' speeds, taking turns in every round."""
     rates: dict[str, list[float]] = {name: [] for name in steps}
     for step in steps.values():
+        step()  # compiles, where there is something to compile
         _rate(step, seconds / 4, clock)
     for _ in range(rounds):
         for name, step in steps.items():
             rates[name].append(_rate(step, seconds, clock) * batch)
     first = median(rates["step"])
-    print("| contender | images/s | lowest to highest | step is |")
-    print("|---|---|---|---|")
+    print("| contender | images/s | lowest to highest | step is | step, compiled, is |")
+    print("|---|---|---|---|---|")
+    compiled = median(rates.get("step, compiled", [float("nan")]))
     for name, found in rates.items():
         middle = median(found)
         spread = f"{min(found):,.0f} to {max(found):,.0f}"
-        print(f"| {name} | {middle:,.0f} | {spread} | {first / middle:.2f}x |")
+        shares = f"{first / middle:.2f}x | {compiled / middle:.2f}x"
+        print(f"| {name} | {middle:,.0f} | {spread} | {shares} |")
 
 
 def peak_memory_mib(name: str, recipe: Recipe) -> float:
@@ -197,10 +218,13 @@ def print_memory(recipe: Recipe) -> None:
 def contenders(recipe: Recipe) -> dict[str, Step]:
     """Return every contender, ready to step; products last."""
     plain = replace(recipe, precision="float32")
+    compiled = {"step, compiled": our_step(recipe, is_compiled=True)} if shutil.which("g++") else {}
     return {
         "step": our_step(recipe),
+        **compiled,
         "step, float32": our_step(plain),
-        "plain loop": plain_step(plain),
+        "plain loop": plain_step(plain, printed_pairs),
+        "plain loop, from logits": plain_step(plain, kl_pairs),
         "products": products_step(recipe, _products_dtype(recipe)),
         "products, float32": products_step(plain, torch.float32),
     }

@@ -44,6 +44,9 @@ def train(
     ] = None,
     device: Annotated[str, typer.Option(help="auto, cpu or cuda.")] = "auto",
     threads: Annotated[int, typer.Option(help="CPU threads (0: torch chooses).", min=0)] = 0,
+    compile_step: Annotated[
+        bool, typer.Option("--compile", help="Compile the step first: for long runs.")
+    ] = False,
     resume: Annotated[
         bool, typer.Option("--resume", help="Go on from the last checkpoint.")
     ] = False,
@@ -66,7 +69,8 @@ def train(
         else:
             examples = _embed(data, size, backbone, threads, talk)
         _say_model(resolved, examples, own_device, group.size, talk)
-        health = _fit(resolved, examples, out, own_device, group, resume=resume, force=force)
+        how = {"resume": resume, "force": force, "is_compiled": compile_step}
+        health = _fit(resolved, examples, out, own_device, group, **how)
     talk("codes", f"{health}")
     talk("asked", f"{resolved.active:.1f} active per image, got {health.active:.1f}")
     behind = f" --backbone {backbone}" if backbone else ""
@@ -128,6 +132,7 @@ def _fit(
     *,
     resume: bool,
     force: bool,
+    is_compiled: bool,
 ) -> "Health":
     from vsc_training.checkpoint import CHECKPOINT, start_run
     from vsc_training.distributed import wait_for_all
@@ -144,6 +149,7 @@ def _fit(
             device=device,
             group=group,
             resume=resume and (out / CHECKPOINT).is_file(),
+            is_compiled=is_compiled,
             name=out.resolve().name,
             report=shown.update,
         )

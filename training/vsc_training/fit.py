@@ -53,7 +53,13 @@ class Trainer:
     """One run in progress: model, optimiser, noise and the place in the data."""
 
     def __init__(
-        self, recipe: Recipe, examples: Examples, device: torch.device, group: Group | None = None
+        self,
+        recipe: Recipe,
+        examples: Examples,
+        device: torch.device,
+        group: Group | None = None,
+        *,
+        is_compiled: bool = False,
     ) -> None:
         """Start a run from its seed.
 
@@ -62,9 +68,10 @@ class Trainer:
             examples: The data.
             device: Where this process computes.
             group: The processes that train together; this one alone when None.
+            is_compiled: Compile the step; see `Objective`.
 
         Raises:
-            UsageError: Fewer examples than a batch.
+            UsageError: Fewer examples than a batch; or a compiled step that cannot be had.
         """
         self.recipe = recipe
         self.device = device
@@ -86,7 +93,11 @@ class Trainer:
         self.model.start_spikes(_spike_start(self.model))
         picked = order.repeat(-(-recipe.pseudo_inputs // len(order)))[: recipe.pseudo_inputs]
         self.model.start_pseudo_inputs(self.feed.take(self.train_numbers[picked]))
-        self._objective: Objective | DistributedDataParallel = Objective(self.model)
+        if is_compiled and self.group.size > 1:
+            raise UsageError("--compile is for one process: leave it away, or do without torchrun")
+        self._objective: Objective | DistributedDataParallel = Objective(
+            self.model, is_compiled=is_compiled
+        )
         if self.group.size > 1:
             self._objective = DistributedDataParallel(self._objective, broadcast_buffers=False)
 
@@ -172,6 +183,7 @@ def fit(
     device: torch.device,
     group: Group | None = None,
     resume: bool = False,
+    is_compiled: bool = False,
     name: str = "model",
     report: Callable[[int, str], None] = lambda step, text: None,
 ) -> Health:
@@ -184,6 +196,7 @@ def fit(
         device: Where to compute.
         group: The processes that train together; only the first one writes.
         resume: Go on from the checkpoint in `run`, if there is one.
+        is_compiled: Compile the step; see `Objective`.
         name: Name of the model.
         report: Called now and then with the steps done and a line of figures.
 
@@ -194,7 +207,7 @@ def fit(
         CheckFailed: The model has collapsed; the message says which figure and what to change.
         UsageError: The checkpoint belongs to another recipe or other data.
     """
-    trainer = Trainer(recipe, examples, device, group)
+    trainer = Trainer(recipe, examples, device, group, is_compiled=is_compiled)
     fingerprint = examples.fingerprint()
     if resume:
         _resume(trainer, run, fingerprint)

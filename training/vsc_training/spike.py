@@ -52,7 +52,7 @@ class _StraightThrough(torch.autograd.Function):
         return gradient, None
 
 
-def relaxed_spike(spike_logit: Tensor, uniform: Tensor, sharpness: float) -> Tensor:
+def relaxed_spike(spike_logit: Tensor, uniform: Tensor, sharpness: float | Tensor) -> Tensor:
     """Return sigmoid(c (eta - 1 + gamma)), the paper's relaxation (supplement B.1).
 
     Args:
@@ -76,7 +76,9 @@ def hard_concrete_spike(spike_logit: Tensor, uniform: Tensor) -> Tensor:
     return (concrete * (high - low) + low).clamp(0.0, 1.0)
 
 
-def draw_spike(spike_logit: Tensor, uniform: Tensor, recipe: Recipe, progress: float) -> Tensor:
+def draw_spike(
+    spike_logit: Tensor, uniform: Tensor, recipe: Recipe, progress: float | Tensor
+) -> Tensor:
     """Draw spikes with the recipe's estimator.
 
     Args:

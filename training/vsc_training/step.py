@@ -1,10 +1,14 @@
 """The objective of one batch: noise, warm-up and precision, and the terms of `objective`."""
 
-from typing import NamedTuple
+import shutil
+from collections.abc import Callable
+from typing import Any, Final, NamedTuple
 
 import torch
 from torch import Tensor, nn
 
+from vsc_serve.errors import UsageError
+from vsc_training.config import Recipe
 from vsc_training.device import autocast
 from vsc_training.distributed import mean_over_ranks
 from vsc_training.model import VSC
@@ -17,6 +21,8 @@ from vsc_training.objective import (
 )
 from vsc_training.spike import draw_spike
 from vsc_training.warmup import draw_slab, warmup_factor
+
+_COMPILERS: Final = ("g++", "clang++")
 
 
 class Terms(NamedTuple):
@@ -54,9 +60,43 @@ class Terms(NamedTuple):
         }
 
 
-def objective_terms(
-    model: VSC, examples: Tensor, step: int, generator: torch.Generator, *, half: bool
-) -> Terms:
+class Draw(NamedTuple):
+    """What a step draws, and where it stands: given this, the terms are a function of tensors."""
+
+    uniform: Tensor
+    """Uniform noise in [0, 1) for the spikes, shape (images, latents)."""
+    noise: Tensor
+    """Standard normal noise for the slabs, same shape."""
+    lam: float | Tensor
+    """Warm-up factor."""
+    progress: float | Tensor
+    """Share of the steps that is done."""
+
+
+def draw_noise(
+    recipe: Recipe, image_count: int, step: int, generator: torch.Generator, *, as_tensors: bool
+) -> Draw:
+    """Draw what a step needs.
+
+    Args:
+        recipe: Says what is drawn.
+        image_count: Images of the batch.
+        step: Optimiser steps done; sets warm-up and sharpness.
+        generator: Source of the noise; its device is where everything lies.
+        as_tensors: Give numbers that change from step to step as scalar tensors: a compiled step
+            would be compiled again for every new number.
+    """
+    shape, device = (image_count, recipe.latent_dim), generator.device
+    uniform = torch.rand(shape, generator=generator, device=device)
+    noise = torch.randn(shape, generator=generator, device=device)
+    lam, progress = warmup_factor(step, recipe), step / recipe.steps
+    if not as_tensors:
+        return Draw(uniform, noise, lam, progress)
+    changing = torch.tensor([lam, progress], device=device)
+    return Draw(uniform, noise, lam if lam == 1.0 else changing[0], changing[1])
+
+
+def objective_terms(model: VSC, examples: Tensor, draw: Draw, *, half: bool) -> Terms:
     """Compute the objective of one batch.
 
     Matrix products of the networks run in bfloat16 when `half` says so; spike logits, divergences
@@ -65,19 +105,15 @@ def objective_terms(
     Args:
         model: The model.
         examples: One batch, shape (images, *shape).
-        step: Optimiser steps done; sets warm-up and sharpness.
-        generator: Source of the noise.
+        draw: Noise and the place in the run.
         half: Whether matrix products may run in bfloat16.
     """
     recipe = model.recipe
-    lam = warmup_factor(step, recipe)
     with autocast(examples.device, half=half):
         q, prior = model.encode_with_prior(examples)
         weights = model.weights(examples)
-    uniform = torch.rand(q.mu.shape, generator=generator, device=examples.device)
-    noise = torch.randn(q.mu.shape, generator=generator, device=examples.device)
-    spike = draw_spike(q.spike_logit, uniform, recipe, step / recipe.steps)
-    z = spike * draw_slab(q.mu, q.logvar, noise, lam, recipe.interpolation)
+    spike = draw_spike(q.spike_logit, draw.uniform, recipe, draw.progress)
+    z = spike * draw_slab(q.mu, q.logvar, draw.noise, draw.lam, recipe.interpolation)
     with autocast(examples.device, half=half):
         reconstruction = model.nll(z, examples).mean()
     kl = kl_prior(q, prior, weights).mean()
@@ -97,14 +133,60 @@ def objective_terms(
 
 
 class Objective(nn.Module):
-    """`objective_terms` as a module, which is what DistributedDataParallel wraps."""
+    """`objective_terms` as a module, which is what DistributedDataParallel wraps.
 
-    def __init__(self, model: VSC) -> None:
+    Args:
+        model: The model.
+        is_compiled: Let torch compile the terms and their gradient into few kernels: some tens of
+            seconds at the first step, faster steps after it. Rounding differs a little.
+    """
+
+    def __init__(self, model: VSC, *, is_compiled: bool = False) -> None:
         super().__init__()
         self.model = model
+        self._is_compiled = is_compiled
+        self._terms = compiled_terms(model) if is_compiled else objective_terms
 
     def forward(
         self, examples: Tensor, step: int, generator: torch.Generator, *, half: bool
     ) -> Terms:
-        """Compute the terms of one batch."""
-        return objective_terms(self.model, examples, step, generator, half=half)
+        """Draw the noise of a step and compute the terms of one batch.
+
+        Args:
+            examples: One batch, shape (images, *shape).
+            step: Optimiser steps done.
+            generator: Source of the noise.
+            half: Whether matrix products may run in bfloat16.
+        """
+        recipe, count = self.model.recipe, len(examples)
+        draw = draw_noise(recipe, count, step, generator, as_tensors=self._is_compiled)
+        return self._terms(self.model, examples, draw, half=half)
+
+
+def compiled_terms(model: VSC) -> Callable[..., Terms]:
+    """Return `objective_terms`, compiled when it is first called.
+
+    Raises:
+        UsageError: There is no compiler, or, at the first call, it fails.
+    """
+    on_cuda = model.pseudo_logits.is_cuda
+    if not on_cuda and not any(shutil.which(name) for name in _COMPILERS):
+        raise UsageError(
+            "--compile needs a C++ compiler (apt install g++). Without --compile none is needed."
+        )
+    from torch._dynamo.exc import BackendCompilerFailed  # a second of imports
+
+    # CUDA graphs: a step of a small model is hundreds of kernels that cost more to start than to do
+    mode = "reduce-overhead" if on_cuda else "default"
+    compiled = torch.compile(objective_terms, mode=mode, dynamic=False)
+
+    def terms(*arguments: Any, **named: Any) -> Terms:
+        try:
+            return compiled(*arguments, **named)
+        except BackendCompilerFailed as error:
+            raise UsageError(
+                f"--compile: the compiler failed ({str(error).splitlines()[0]}). Leave --compile"
+                " away, or install what it misses (g++, and the headers of Python: python3-dev)."
+            ) from error
+
+    return terms

@@ -25,7 +25,7 @@ def warmup_factor(step: int, recipe: Recipe) -> float:
     return max(0.0, (step - start) / max(end - start, 1.0))
 
 
-def slab_deviation(logvar: Tensor, lam: float, interpolation: Interpolation) -> Tensor:
+def slab_deviation(logvar: Tensor, lam: float | Tensor, interpolation: Interpolation) -> Tensor:
     """Return the slab's standard deviation during warm-up.
 
     `variance` is the paper's text, sqrt(lam sigma^2 + 1 - lam). `deviation` is what a public
@@ -34,12 +34,12 @@ def slab_deviation(logvar: Tensor, lam: float, interpolation: Interpolation) -> 
 
     Args:
         logvar: Log-variance of the slab, shape (images, latents).
-        lam: Warm-up factor in [0, 1].
+        lam: Warm-up factor in [0, 1], a number or a scalar tensor.
         interpolation: Which of the three.
     """
     if interpolation == "geometric":
         return torch.exp(0.5 * lam * logvar)
-    if lam == 1.0:
+    if _is_over(lam):
         return torch.exp(0.5 * logvar)
     if interpolation == "variance":
         return torch.sqrt(lam * torch.exp(logvar) + (1.0 - lam))
@@ -47,7 +47,7 @@ def slab_deviation(logvar: Tensor, lam: float, interpolation: Interpolation) -> 
 
 
 def draw_slab(
-    mu: Tensor, logvar: Tensor, noise: Tensor, lam: float, interpolation: Interpolation
+    mu: Tensor, logvar: Tensor, noise: Tensor, lam: float | Tensor, interpolation: Interpolation
 ) -> Tensor:
     """Draw the values of active latents: lam mu + deviation * noise.
 
@@ -55,9 +55,14 @@ def draw_slab(
         mu: Slab means, shape (images, latents).
         logvar: Log-variances, same shape.
         noise: Standard normal noise, same shape.
-        lam: Warm-up factor in [0, 1].
+        lam: Warm-up factor in [0, 1], a number or a scalar tensor.
         interpolation: See `slab_deviation`.
     """
     return torch.addcmul(
-        lam * mu if lam < 1.0 else mu, noise, slab_deviation(logvar, lam, interpolation)
+        mu if _is_over(lam) else lam * mu, noise, slab_deviation(logvar, lam, interpolation)
     )
+
+
+def _is_over(lam: float | Tensor) -> bool:
+    """Tell whether the warm-up is over, for numbers: what a tensor holds, no compiler knows."""
+    return not isinstance(lam, Tensor) and lam == 1.0
