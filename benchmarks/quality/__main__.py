@@ -48,7 +48,8 @@ def read_results(path: Path) -> dict[Run, list[Result]]:
     lines = path.read_text(encoding="utf-8").splitlines() if path.is_file() else []
     for line in lines:
         result = json.loads(line)
-        run = Run(**{name: result[name] for name in Run.__dataclass_fields__ if name in result})
+        fields = {name: result[name] for name in Run.__dataclass_fields__ if name in result}
+        run = Run(**fields | {"overrides": tuple(fields.get("overrides", ()))})
         if result["recipe"] == recipe_digest(run):
             found.setdefault(run, []).append(result)
     return found
@@ -58,7 +59,12 @@ def _runs(given: argparse.Namespace, data: str) -> Iterator[Run]:
     if given.claim:
         return claim_runs(data, seeds=given.seeds, steps=given.steps)
     return comparison_runs(
-        data, given.models, seeds=given.seeds, steps=given.steps, rows=given.rows
+        data,
+        given.models,
+        seeds=given.seeds,
+        steps=given.steps,
+        rows=given.rows,
+        overrides=given.overrides,
     )
 
 
@@ -105,6 +111,13 @@ def _parser() -> argparse.ArgumentParser:
     add("--seeds", type=int, default=3, help="seeds 0, 1, ... (default 3)")
     add("--steps", type=int, default=5000, help="optimiser steps (default 5000)")
     add("--rows", choices=("drawn", "first"), default="drawn", help="rows that are measured")
+    add(
+        "--set",
+        dest="overrides",
+        action="append",
+        default=[],
+        help="field=value of the recipe of `vsc`, as in `vsc train`",
+    )
     add("--claim", action="store_true", help="bound and disentanglement over the latents J")
     add("--out", type=Path, default=Path("results.jsonl"), help="results, appended to")
     add("--weights", type=Path, help="folder to keep fitted weights in, to measure them again")

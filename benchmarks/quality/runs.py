@@ -1,7 +1,7 @@
 """What is fitted: one run is one data set, one model and one seed."""
 
 import hashlib
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Final, Literal
@@ -76,12 +76,16 @@ class Run:
     """Active latents asked for; None leaves the recipe's alpha. For VSC's sparse recipe."""
     rows: Rows = "drawn"
     """Which rows are measured: drawn by chance, or the first ones in the order of the data."""
+    overrides: tuple[str, ...] = ()
+    """Fields of the sparse recipe that are set otherwise, `key=value`. For VSC's sparse recipe."""
 
     @property
     def name(self) -> str:
         """A name for files and messages."""
         asked = "" if self.active is None else f"-active{self.active:g}"
-        return f"{self.data}-{self.model}-J{self.latent_dim}{asked}-{self.steps}-{self.seed}"
+        changed = "".join(f"-{override}" for override in self.overrides)
+        size = f"J{self.latent_dim}{asked}{changed}"
+        return f"{self.data}-{self.model}-{size}-{self.steps}-{self.seed}"
 
     @property
     def taus(self) -> tuple[float, ...]:
@@ -90,13 +94,20 @@ class Run:
 
 
 def comparison_runs(
-    data: str, models: list[str], *, seeds: int, steps: int, rows: Rows = "drawn"
+    data: str,
+    models: list[str],
+    *,
+    seeds: int,
+    steps: int,
+    rows: Rows = "drawn",
+    overrides: Sequence[str] = (),
 ) -> Iterator[Run]:
     """Yield the runs of the comparison on one data set, all models of a seed before the next."""
     for seed in range(seeds):
         for model in models:
             if seed == 0 or not model.startswith(("pca", BUILTIN)):  # these have no seed
-                yield Run(data=data, model=model, seed=seed, steps=steps, rows=rows)
+                run = Run(data=data, model=model, seed=seed, steps=steps, rows=rows)
+                yield replace(run, overrides=tuple(overrides)) if model == "vsc" else run
 
 
 def claim_runs(data: str, *, seeds: int, steps: int) -> Iterator[Run]:
@@ -119,7 +130,7 @@ def recipe_of(run: Run) -> Recipe:
     shared = [f"hidden={sparse.hidden}", f"batch_size={sparse.batch_size}"]
     shared += [f"learning_rate={sparse.learning_rate}"]
     shared += [f"latent_dim={run.latent_dim}", f"steps={run.steps}", f"seed={run.seed}"]
-    own = ["validation_share=0.0", "on_collapse=warn"]
+    own = ["validation_share=0.0", "on_collapse=warn", *run.overrides]
     return load_recipe(name, shared + own, active=run.active)
 
 
