@@ -8,7 +8,8 @@ and nothing is read twice. Only the places that links led to are remembered.
 
 import os
 from collections.abc import Callable, Iterator
-from typing import NamedTuple, Protocol
+from operator import attrgetter
+from typing import Final, NamedTuple, Protocol
 
 from vsc_serve.errors import InputError
 from vsc_serve.sources.base import FileSource, Source, UnreadableSource, is_machine_failure
@@ -24,6 +25,9 @@ class Entry(NamedTuple):
     is_link: bool = False
     size: int = -1
     """Bytes, where the listing says so."""
+
+
+_KEY: Final = attrgetter("key")
 
 
 class Tree(Protocol):
@@ -61,7 +65,7 @@ class LocalTree:
         """List a folder in order. Raises InputError with the reason."""
         try:
             with os.scandir(self._start + folder or ".") as found:
-                return sorted(_entry(one) for one in found)
+                return sorted([_entry(one) for one in found], key=_KEY)
         except OSError as error:
             if is_machine_failure(error):
                 raise
@@ -121,7 +125,13 @@ class FolderSearch:
             elif entry is None:
                 pending.pop()
             elif not entry.is_folder:
-                yield from self._file(folder.path + entry.key, entry)
+                path = folder.path + entry.key
+                if not self._is_wanted(path, entry):
+                    continue
+                if self._unpack is None:
+                    yield self._tree.source(self._naming.id_of(path), path, entry)
+                else:
+                    yield from self._unpack(path)
             elif below := self._enter(folder, entry):
                 pending.append((below, self._list(below)))
 
@@ -132,17 +142,14 @@ class FolderSearch:
             name = self._naming.id_of(folder.path.rstrip("/")) if folder.path else self._tree.top
             return iter([UnreadableSource(name, str(error))])
 
-    def _file(self, path: str, entry: Entry) -> Iterator[Source]:
-        """Give a file's source, unless it is passed over."""
+    def _is_wanted(self, path: str, entry: Entry) -> bool:
+        """Tell whether a file is given; count it where it is passed over."""
         why = why_not_wanted(entry.key, wanted=self._wanted)
         if why is None and self._choice.excludes(self._naming.prefix + path):
             why = "excluded"
         if why is not None:
             self._choice.skip(self._naming.prefix + path, why)
-        elif self._unpack is not None:
-            yield from self._unpack(path)
-        else:
-            yield self._tree.source(self._naming.id_of(path), path, entry)
+        return why is None
 
     def _enter(self, folder: "_Folder", entry: Entry) -> "_Folder | None":
         """Return a folder below, or None when it is passed over."""
