@@ -5,6 +5,7 @@ import errno
 import io
 import os
 import struct
+import sys
 import tarfile
 import threading
 import tracemalloc
@@ -17,6 +18,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+from backports import zstd
 
 from vsc_serve.errors import InputError, UsageError
 from vsc_serve.sources import Source, find_sources, places, unique
@@ -31,10 +33,22 @@ MEMBERS = {
     "n" * 150 + ".png": b"a name too long for a plain header",
 }
 OTHERS = {"b/0001.json": b"{}", "__MACOSX/b/._0001.jpg": b"x", ".hidden.png": b"x"}
-TAR_KINDS = {".tar": "w", ".tar.gz": "w:gz", ".tgz": "w:gz", ".tar.bz2": "w:bz2", ".tar.xz": "w:xz"}
+TAR_KINDS = {
+    ".tar": "w",
+    ".tar.gz": "w:gz",
+    ".tgz": "w:gz",
+    ".tar.bz2": "w:bz2",
+    ".tar.xz": "w:xz",
+    ".tar.zst": "w:zst",
+}
 
 
 def write_tar(path: Path, members: Mapping[str, bytes] = MEMBERS | OTHERS, mode: str = "w") -> Path:
+    if mode == "w:zst":
+        plain = write_tar(path.with_name("plain.tar"), members)
+        path.write_bytes(zstd.compress(plain.read_bytes()))
+        plain.unlink()
+        return path
     with tarfile.open(path, mode) as archive:
         for name, content in members.items():
             member = tarfile.TarInfo(name)
@@ -228,6 +242,13 @@ def test_what_is_no_archive_is_listed_by_its_path(name, tmp_path):
     assert "archive" in reason(source)
 
 
+def test_a_zstd_archive_without_its_package_says_what_to_install(tmp_path, monkeypatch):
+    path = write_tar(tmp_path / "a.tar.zst", mode="w:zst")
+    monkeypatch.setitem(sys.modules, "backports", None)
+    (source,) = find_sources([str(path)])
+    assert "pip install 'vsc-serve[zstd]'" in reason(source)
+
+
 # zip
 
 
@@ -307,7 +328,7 @@ def test_a_zip_that_is_cut_off_anywhere_gives_sources_or_reasons_and_nothing_els
         assert reason(source).startswith("broken archive: ")
 
 
-@pytest.mark.parametrize("ending", [".zip", ".tar", ".tar.gz"])
+@pytest.mark.parametrize("ending", [".zip", ".tar", ".tar.gz", ".tar.zst"])
 def test_damaged_archives_give_sources_or_reasons_and_nothing_else(ending, tmp_path):
     write = write_zip if ending == ".zip" else write_tar
     options = {} if ending == ".zip" else {"mode": TAR_KINDS[ending]}

@@ -74,7 +74,11 @@ class Unpacked:
 
     def __init__(self, file: BinaryIO, unpack: Callable[[BinaryIO], Any]) -> None:
         self._file = file
-        self._unpacked = unpack(file)
+        try:
+            self._unpacked = unpack(file)
+        except BaseException:
+            file.close()
+            raise
         self.read = self._unpacked.read
         self.seek = self._unpacked.seek
         self.tell = self._unpacked.tell

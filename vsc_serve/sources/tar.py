@@ -21,11 +21,47 @@ from vsc_serve.sources.folder import why_not_wanted
 from vsc_serve.sources.names import Choice, Naming, why_junk
 from vsc_serve.sources.places import Unpacked, drop, keep_open, open_binary
 
+
+def _unzstd(file: BinaryIO) -> Any:
+    """Open a zstd file. Raises InputError when the package that reads it is not installed."""
+    try:
+        from backports import zstd
+    except ImportError:
+        raise InputError(
+            "zstd archive, which needs backports.zstd: pip install 'vsc-serve[zstd]', or unpack it"
+            " with zstd -d"
+        ) from None
+    return _ZstdFile(zstd.ZstdFile(file), zstd.ZstdError)
+
+
+class _ZstdFile:
+    """A zstd file whose damage is an OSError, as that of the other kinds is."""
+
+    def __init__(self, file: Any, error: type[Exception]) -> None:
+        self._file, self._error = file, error
+        self.tell, self.close = file.tell, file.close
+
+    def read(self, size: int = -1) -> bytes:
+        """Read some bytes."""
+        return bytes(self._do(self._file.read, size))
+
+    def seek(self, place: int, whence: int = 0) -> int:
+        """Go to a place in what is unpacked."""
+        return int(self._do(self._file.seek, place, whence))
+
+    def _do(self, method: Callable[..., Any], *arguments: int) -> Any:
+        try:
+            return method(*arguments)
+        except self._error as error:
+            raise OSError(str(error)) from error
+
+
 _UNPACKERS: Final[dict[str, Callable[[BinaryIO], Any]]] = {
     ".gz": lambda file: gzip.GzipFile(fileobj=file),
     ".tgz": lambda file: gzip.GzipFile(fileobj=file),
     ".bz2": bz2.BZ2File,
     ".xz": lzma.LZMAFile,
+    ".zst": _unzstd,
 }
 _ERRORS: Final = (tarfile.TarError, OSError, EOFError, zlib.error, lzma.LZMAError, ValueError)
 _BLOCK: Final = tarfile.BLOCKSIZE
@@ -63,8 +99,6 @@ class TarSource:
 
 def open_tar(place: str) -> BinaryIO:
     """Open an archive for reading anywhere in what it unpacks to. Raises InputError."""
-    if place.lower().endswith(".zst"):
-        raise InputError("zstd archives are not read; unpack it with: zstd -d")
     file = open_binary(place)
     unpackers = (unpack for end, unpack in _UNPACKERS.items() if place.lower().endswith(end))
     unpack = next(unpackers, None)
