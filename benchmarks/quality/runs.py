@@ -47,8 +47,8 @@ MODELS: Final = (
 BUILTIN: Final = "builtin"
 """The model that comes with the package: for photographs only, so it is asked for by name."""
 CLAIM_MODELS: Final = ("vsc", "vsc-paper", "beta-vae")
-CLAIM_LATENTS: Final = (18, 36, 60, 100, 200)
-"""Latents J over which the paper says that bound and disentanglement of VSC stay flat."""
+CLAIM_LATENTS: Final = (18, 36, 60, 100, 200, 400)
+"""Latents J, up to 200 of which the paper says that bound and disentanglement of VSC stay flat."""
 
 _CLAIM_ACTIVE: Final = 10.0
 """Active latents asked of the sparse recipe at every J: a fixed share would ask 0.9 of J = 18."""

@@ -46,6 +46,7 @@ FRONT: Final = (
     Column("squared_error", "squared error", 2),
     Column("knn", "kNN", 3),
     Column("precision_10", "precision@10", 3),
+    Column("linear_probe", "linear probe", 3),
 )
 CLAIM: Final = (
     Column("iwae", "IWAE-50", 1),
