@@ -32,6 +32,9 @@ _BOUND_SEED: Final = 1234
 _VARYING_VARIANCE: Final = 0.01
 """Variance of a code above which a latent of a dense model is in use (Burda et al. 2016, 5.2)."""
 
+_DENSE: Final = 0.99
+"""Share of entries from which on a code has no support to speak of: a dense model's may hold a 0."""
+
 Codes = NDArray[np.float32]
 Figures = dict[str, float]
 Result = dict[str, Any]
@@ -134,7 +137,7 @@ def neighbour_figures(
         "precision_10": retrieval.same_class_share(neighbours, truth),
         "linear_probe": probe.linear_probe_accuracy(reference, *both),
     }
-    if not (reference != 0).all():
+    if (reference != 0).mean() < _DENSE:
         figures["knn_support"] = retrieval.knn_accuracy(
             reference != 0, reference_labels, queries != 0, query_labels
         )
