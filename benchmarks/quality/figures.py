@@ -33,7 +33,7 @@ _VARYING_VARIANCE: Final = 0.01
 """Variance of a code above which a latent of a dense model is in use (Burda et al. 2016, 5.2)."""
 
 _DENSE: Final = 0.99
-"""Share of entries from which on a code has no support to speak of: a dense model's may hold a 0."""
+"""Share of entries that are on from which a code has no support to speak of."""
 
 Codes = NDArray[np.float32]
 Figures = dict[str, float]
