@@ -181,6 +181,19 @@ def test_a_program_gets_the_codes_of_a_folder_as_a_stream(
 
 
 @pytest.mark.slow
+def test_workers_start_together_when_there_is_work_for_them(tiny_bundle: Path) -> None:
+    with processes(tiny_bundle, 3) as pool:
+        assert pool.begun == 1
+        pool.expect(16)
+        assert pool.begun == 1
+        pool.expect(17)
+        assert pool.begun == 2
+        pool.expect(1000)
+        assert pool.begun == 3
+        pool.provenance()
+
+
+@pytest.mark.slow
 def test_an_open_encoder_streams_like_the_command(tiny_bundle: Path, pictures: Path) -> None:
     encoder = Encoder.open(tiny_bundle, device="cpu")
     given = collect(encoder.stream([pictures], EncodeOptions(tau=0.3), exclude=["1*"], workers=0))

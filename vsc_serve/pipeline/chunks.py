@@ -9,7 +9,7 @@ from vsc_serve.pipeline.task import CHUNK, Chunk, Piece
 from vsc_serve.sources import Source
 
 _SMALLEST: Final = 8
-_FIRST: Final = 16
+FIRST: Final = 16
 """Images in a chunk before anything was measured: the first code comes soon."""
 _CHUNK_S: Final = 0.1
 """Seconds that a worker should spend on a chunk: long beside sending it, short beside a run."""
@@ -33,7 +33,7 @@ class ChunkSize:
         self._is_fixed = fixed is not None
         self._largest = largest
         self._shares = workers * _ROUNDS_AHEAD if workers > 1 else 1
-        self.value = min(fixed or _FIRST, largest)
+        self.value = min(fixed or FIRST, largest)
 
     def learn(self, piece: Piece) -> None:
         """Take note of how long a piece took."""

@@ -84,6 +84,10 @@ class DevicePool:
         """How many readers were at work at a time."""
         return self._readers.begun
 
+    def expect(self, count: int) -> None:
+        """Start the readers that so many sources need."""
+        self._readers.expect(count)
+
     def provenance(self) -> dict[str, Any]:
         """Return what a codes file says about where its codes come from."""
         return self._provenance

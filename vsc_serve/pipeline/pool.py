@@ -14,6 +14,7 @@ from typing import Any, Final, Self, cast
 
 from vsc_serve.errors import DeviceError, VscError
 from vsc_serve.pipeline.channel import Failed, Ready, Worker
+from vsc_serve.pipeline.chunks import FIRST
 from vsc_serve.pipeline.task import CHUNK, Bad, Chunk, Piece, Task, merge_pieces
 from vsc_serve.pipeline.work import PixelSetup, Setup, stamp_of
 
@@ -72,6 +73,11 @@ class ProcessPool:
             else:
                 worker.kill()
         self._team.clear()
+
+    def expect(self, count: int) -> None:
+        """Start the workers that so many sources need, so that they open the model together."""
+        while len(self._team) < min(self.workers, -(-count // FIRST)):
+            self._hire()
 
     def provenance(self) -> dict[str, Any]:
         """Return what the codes come from, once a worker has opened the model.

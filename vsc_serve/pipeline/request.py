@@ -4,7 +4,7 @@ from collections import Counter
 from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager, ExitStack
 from dataclasses import asdict, dataclass, field
-from itertools import islice
+from itertools import chain, islice
 from pathlib import Path
 from typing import Any, Final
 
@@ -13,6 +13,7 @@ from vsc_serve.bundle import Manifest, open_bundle
 from vsc_serve.console import Progress
 from vsc_serve.encoder import PLAIN, EncodeOptions, Encoder
 from vsc_serve.errors import UsageError
+from vsc_serve.pipeline.chunks import FIRST
 from vsc_serve.pipeline.open import open_pool
 from vsc_serve.pipeline.run import Convert, Job, Outcome, count_finished, run_job
 from vsc_serve.pipeline.task import Pool
@@ -133,28 +134,34 @@ def encode_to_file(
         pool, sources = _open_inputs(request, manifest, scan, parts)
         stack.enter_context(pool)
         chosen = scan.counted(_take_share(request, sources))
+        first = list(islice(chosen, FIRST * pool.workers))
+        pool.expect(len(first))
         meta = pool.provenance()
         say("model", _describe(request, manifest, str(meta["engine"])))
         stack.enter_context(parts.locked())
         old = _open_old(request, meta, parts, say) if request.is_update else None
-        unit = "rows" if request.is_array else "images"
-        job = Job(
-            out=request.out,
-            is_folder=request.is_folder,
-            identity=request.identity(),
-            shard_rows=request.shard_rows,
-            chunk_size=request.batch_size,
-            convert=convert,
-            compress=request.compress,
-            has_digests=request.is_update,
-            fails_at_once=request.fails_at_once,
-            is_strict=request.is_strict,
-        )
-        with show(unit) as report:
+        job = _job(request, convert)
+        chosen = chain(first, chosen)
+        with show("rows" if request.is_array else "images") as report:
             outcome = run_job(
                 job, pool, chosen, manifest.latent_dim, old=old, report=report, say=say
             )
     return outcome, scan, pool
+
+
+def _job(request: Request, convert: Convert | None) -> Job:
+    return Job(
+        out=request.out,
+        is_folder=request.is_folder,
+        identity=request.identity(),
+        shard_rows=request.shard_rows,
+        chunk_size=request.batch_size,
+        convert=convert,
+        compress=request.compress,
+        has_digests=request.is_update,
+        fails_at_once=request.fails_at_once,
+        is_strict=request.is_strict,
+    )
 
 
 def plan(request: Request) -> tuple[Scan, int, Pool]:

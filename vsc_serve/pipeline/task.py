@@ -192,6 +192,9 @@ class Pool(Protocol):
     def begun(self) -> int:
         """How many chunks were worked on at a time: a small job does not need all workers."""
 
+    def expect(self, count: int) -> None:
+        """Take note that at least so many sources will come: start who is needed for them."""
+
     def provenance(self) -> dict[str, Any]:
         """Return what a codes file says about where its codes come from."""
 

@@ -50,6 +50,9 @@ class ThreadPool:
         """Drop what has not begun, and wait for the rest."""
         self._threads.shutdown(cancel_futures=True)
 
+    def expect(self, count: int) -> None:
+        """Do nothing: all are there."""
+
     def provenance(self) -> dict[str, Any]:
         """Return what a codes file says about where its codes come from."""
         return self._work.provenance
@@ -104,6 +107,9 @@ class ArrayLoop:
         trace: TracebackType | None,
     ) -> None:
         """Do nothing."""
+
+    def expect(self, count: int) -> None:
+        """Do nothing: all are there."""
 
     def provenance(self) -> dict[str, Any]:
         """Return what a codes file says about where its codes come from."""
