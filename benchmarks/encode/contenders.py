@@ -26,7 +26,7 @@ from vsc_serve.pipeline import Job, Pool, open_pool, run_job
 from vsc_serve.preprocess import PixelSpec
 from vsc_serve.session import open_session
 from vsc_serve.shards import Parts
-from vsc_serve.sources import find_sources
+from vsc_serve.sources import find_sources, read_file
 
 BATCH = 256
 
@@ -177,7 +177,7 @@ class Part(NamedTuple):
     model: float
     """onnxruntime, batches of 256, one thread, with compaction."""
     read: float
-    """Reading the files."""
+    """Opening and reading the files, as the engine does."""
 
     @property
     def limit(self) -> float:
@@ -197,7 +197,7 @@ def measure_parts(job: tuple[list[str], Path]) -> Part:
     spec = encoder.manifest.pixel_spec
     assert spec is not None
     began = time.perf_counter()
-    contents = [Path(path).read_bytes() for path in paths]
+    contents = [read_file(path) for path in paths]
     read = time.perf_counter()
     pixels = np.stack([read_pixels(content, spec) for content in contents])
     decoded = time.perf_counter()

@@ -31,12 +31,12 @@ from hypothesis import strategies as st
 from numpy.typing import NDArray
 from PIL import Image
 
-from vsc_serve import server, service
+from vsc_serve import server
 from vsc_serve.codes import codes_to_bytes, read_codes
 from vsc_serve.encoder import Encoder
 from vsc_serve.errors import UsageError
 from vsc_serve.server import serve
-from vsc_serve.service import JSON, NPZ, Limits, create_app
+from vsc_serve.service import JSON, NPZ, Limits, answers, create_app
 
 PNG = "image/png"
 
@@ -445,7 +445,7 @@ def test_other_paths_and_methods_answer_in_json(client):
 
 
 def test_a_bug_reaches_the_client_without_its_traceback(fake_encoder, monkeypatch):
-    monkeypatch.setattr(service, "codes_to_bytes", lambda *_: 1 // 0)
+    monkeypatch.setattr(answers, "codes_to_bytes", lambda *_: 1 // 0)
     with AppClient(fake_encoder) as client:
         answer = client.post("/v1/encode", content=png(1), headers={"Accept": NPZ})
     assert_refused(answer, 500, "ZeroDivisionError")
