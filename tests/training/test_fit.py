@@ -226,17 +226,21 @@ def test_bfloat16_products_leave_spike_logits_and_bound_in_float32() -> None:
 @pytest.mark.skipif(not shutil.which("g++"), reason="needs a C++ compiler")
 def test_a_compiled_step_computes_what_the_plain_one_does() -> None:
     """Before, within and after the warm-up, with a spike whose slope changes at every step."""
+    from torch._dynamo.utils import counters
+
     recipe = small_recipe("precision=float32", "steps=12", "learning_rate=0.01", "spike=relaxed")
     rows = np.random.default_rng(0).integers(0, 256, (64, 8, 8, 1), dtype=np.uint8)
     spec = DataSpec(pixel_spec=PixelSpec(height=8, width=8, channels=1))
     examples = Examples(rows, [str(i) for i in range(64)], spec)
     plain = Trainer(recipe, examples, CPU)
     compiled = Trainer(recipe, examples, CPU, is_compiled=True)
+    counters.clear()
     losses = []
     for _ in range(recipe.steps):
         expected, found = plain.advance(), compiled.advance()
         assert found.loss.item() == pytest.approx(expected.loss.item(), rel=1e-4)
         losses.append(found.loss.item())
+    assert 1 <= counters["stats"]["unique_graphs"] <= 3, "not compiled, or again for every step"
     assert max(losses) - min(losses) > 0.01 * max(losses), "nothing was learned: gradients are off"
 
 

@@ -1,8 +1,9 @@
 """The objective of one batch: noise, warm-up and precision, and the terms of `objective`."""
 
+import os
 import shutil
 from collections.abc import Callable
-from typing import Any, Final, NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
@@ -21,8 +22,6 @@ from vsc_training.objective import (
 )
 from vsc_training.spike import draw_spike
 from vsc_training.warmup import draw_slab, warmup_factor
-
-_COMPILERS: Final = ("g++", "clang++")
 
 
 class Terms(NamedTuple):
@@ -170,7 +169,7 @@ def compiled_terms(model: VSC) -> Callable[..., Terms]:
         UsageError: There is no compiler, or, at the first call, it fails.
     """
     on_cuda = model.pseudo_logits.is_cuda
-    if not on_cuda and not any(shutil.which(name) for name in _COMPILERS):
+    if not on_cuda and not shutil.which(os.environ.get("CXX", "g++")):
         raise UsageError(
             "--compile needs a C++ compiler (apt install g++). Without --compile none is needed."
         )

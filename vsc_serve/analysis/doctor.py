@@ -18,6 +18,7 @@ _EXTRAS: Final = {
     "serve": ("fastapi", "uvicorn", "python-multipart"),
     "fast": ("simplejpeg",),
     "heif": ("pillow-heif",),
+    "zstd": ("backports.zstd",),
     "parquet": ("pyarrow",),
     "urls": ("fsspec", "s3fs"),
     "h5ad": ("anndata",),

@@ -52,11 +52,12 @@ class ChunkSize:
             ahead.extend(islice(sources, max(missing, 0)))
             if not ahead:
                 return
-            count = min(self._next(len(ahead)), len(ahead))
+            count = self._next(len(ahead))
             yield tuple(ahead.popleft() for _ in range(count))
 
     def _next(self, ahead: int) -> int:
         """Return the size of a chunk when so many sources are known to follow."""
         if self._is_fixed or ahead >= self.value * self._shares:
-            return self.value
-        return max(_SMALLEST, min(self.value, -(-ahead // self._shares)))
+            return min(self.value, ahead)
+        share = max(_SMALLEST, -(-ahead // self._shares))
+        return min(share, self.value, ahead)

@@ -8,8 +8,7 @@ and nothing is read twice. Only the places that links led to are remembered.
 
 import os
 from collections.abc import Callable, Iterator
-from operator import attrgetter
-from typing import Final, NamedTuple, Protocol
+from typing import NamedTuple, Protocol
 
 from vsc_serve.errors import InputError
 from vsc_serve.sources.base import FileSource, Source, UnreadableSource, is_machine_failure
@@ -25,9 +24,6 @@ class Entry(NamedTuple):
     is_link: bool = False
     size: int = -1
     """Bytes, where the listing says so."""
-
-
-_KEY: Final = attrgetter("key")
 
 
 class Tree(Protocol):
@@ -65,7 +61,7 @@ class LocalTree:
         """List a folder in order. Raises InputError with the reason."""
         try:
             with os.scandir(self._start + folder or ".") as found:
-                return sorted([_entry(one) for one in found], key=_KEY)
+                return sorted(_entry(one) for one in found)
         except OSError as error:
             if is_machine_failure(error):
                 raise
