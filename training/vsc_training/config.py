@@ -81,6 +81,8 @@ class Recipe:
     """Optimiser steps."""
     batch_size: int = 128
     """Images per step."""
+    input_dropout: float = 0.0
+    """Share of each example that training hides from the encoder, against learning by heart."""
     learning_rate: float = 1.5e-3
     """Step size of Adam."""
     learning_rate_drop_at: float = 0.8
@@ -116,10 +118,8 @@ class Recipe:
             _require(getattr(self, name) >= 0, name, getattr(self, name), "0 or more")
         for name in ("sharpness_start", "sharpness_end", "prior_sharpness", "learning_rate"):
             _require(getattr(self, name) > 0, name, getattr(self, name), "above 0")
-        _require(0 <= self.spike_start < 1, "spike_start", self.spike_start, "in [0, 1)")
-        _require(
-            0 <= self.validation_share < 1, "validation_share", self.validation_share, "in [0, 1)"
-        )
+        for name in ("spike_start", "input_dropout", "validation_share"):
+            _require(0 <= getattr(self, name) < 1, name, getattr(self, name), "in [0, 1)")
         _require(
             0 <= self.warmup_start <= self.warmup_end <= 1,
             "warmup_start, warmup_end",

@@ -91,9 +91,17 @@ class VSC(nn.Module):
             self._encode_scaled(self._scaled_pseudo_inputs()), self.recipe.prior_sharpness
         )
 
-    def encode_with_prior(self, examples: Tensor) -> tuple[Posterior, Posterior]:
-        """Return `encode(examples)` and `prior()`, with one pass through the heads for both."""
-        parts = (self._scaled(examples), self._scaled_pseudo_inputs())
+    def encode_with_prior(
+        self, examples: Tensor, shown: Tensor | None = None
+    ) -> tuple[Posterior, Posterior]:
+        """Return `encode(examples)` and `prior()`, with one pass through the heads for both.
+
+        Args:
+            examples: Shape (images, *shape).
+            shown: Factors of the scaled examples, same shape: 0 where training hides a value.
+        """
+        scaled = self._scaled(examples)
+        parts = (scaled if shown is None else scaled * shown, self._scaled_pseudo_inputs())
         # Not one pass through the layers as well: that would take the gradient of every pixel.
         both = self._heads(torch.cat([self.encoder(part) for part in parts]))
         q, prior = zip(*(part.tensor_split((len(examples),)) for part in both), strict=True)

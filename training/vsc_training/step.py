@@ -70,29 +70,51 @@ class Draw(NamedTuple):
     """Warm-up factor."""
     progress: float | Tensor
     """Share of the steps that is done."""
+    shown: Tensor | None
+    """Factors of what the encoder sees, shape of the batch; None: it sees everything."""
 
 
 def draw_noise(
-    recipe: Recipe, image_count: int, step: int, generator: torch.Generator, *, as_tensors: bool
+    recipe: Recipe, batch: torch.Size, step: int, generator: torch.Generator, *, as_tensors: bool
 ) -> Draw:
     """Draw what a step needs.
 
     Args:
         recipe: Says what is drawn.
-        image_count: Images of the batch.
+        batch: Shape of the batch, (images, *shape).
         step: Optimiser steps done; sets warm-up and sharpness.
         generator: Source of the noise; its device is where everything lies.
         as_tensors: Give numbers that change from step to step as scalar tensors: a compiled step
             would be compiled again for every new number.
     """
-    shape, device = (image_count, recipe.latent_dim), generator.device
+    shape, device = (batch[0], recipe.latent_dim), generator.device
     uniform = torch.rand(shape, generator=generator, device=device)
     noise = torch.randn(shape, generator=generator, device=device)
+    shown = draw_shown(batch, recipe.input_dropout, generator) if recipe.input_dropout else None
     lam, progress = warmup_factor(step, recipe), step / recipe.steps
     if not as_tensors:
-        return Draw(uniform, noise, lam, progress)
+        return Draw(uniform, noise, lam, progress, shown)
     changing = torch.tensor([lam, progress], device=device)
-    return Draw(uniform, noise, lam if lam == 1.0 else changing[0], changing[1])
+    return Draw(uniform, noise, lam if lam == 1.0 else changing[0], changing[1], shown)
+
+
+def draw_shown(batch: torch.Size, hidden_share: float, generator: torch.Generator) -> Tensor:
+    """Draw which values the encoder sees, as factors: 0, or what keeps the mean as it is.
+
+    Dropout of the input (Srivastava et al. 2014, section 4); as a change of the bound, the
+    denoising criterion of Im et al. 2017 (arXiv:1511.06406).
+
+    Args:
+        batch: Shape of the batch.
+        hidden_share: Share of the values to hide; taken to the nearest 256th, but not to 0.
+        generator: Source of the noise; its device is where the factors lie.
+    """
+    # A byte a value: a float a value would take a thirtieth of a step.
+    hidden_bytes = min(max(round(256 * hidden_share), 1), 255)
+    words = torch.empty(-(-batch.numel() // 8), dtype=torch.int64, device=generator.device)
+    drawn = words.random_(-(2**63), None, generator=generator).view(torch.uint8)
+    shown = (drawn[: batch.numel()] >= hidden_bytes).view(batch)
+    return shown.float() * (256 / (256 - hidden_bytes))
 
 
 def objective_terms(model: VSC, examples: Tensor, draw: Draw, *, half: bool) -> Terms:
@@ -109,7 +131,7 @@ def objective_terms(model: VSC, examples: Tensor, draw: Draw, *, half: bool) -> 
     """
     recipe = model.recipe
     with autocast(examples.device, half=half):
-        q, prior = model.encode_with_prior(examples)
+        q, prior = model.encode_with_prior(examples, draw.shown)
         weights = model.weights(examples)
     spike = draw_spike(q.spike_logit, draw.uniform, recipe, draw.progress)
     z = spike * draw_slab(q.mu, q.logvar, draw.noise, draw.lam, recipe.interpolation)
@@ -157,8 +179,9 @@ class Objective(nn.Module):
             generator: Source of the noise.
             half: Whether matrix products may run in bfloat16.
         """
-        recipe, count = self.model.recipe, len(examples)
-        draw = draw_noise(recipe, count, step, generator, as_tensors=self._is_compiled)
+        draw = draw_noise(
+            self.model.recipe, examples.shape, step, generator, as_tensors=self._is_compiled
+        )
         return self._terms(self.model, examples, draw, half=half)
 
 
