@@ -3,7 +3,7 @@
     python benchmarks/train_speed.py
 
 The contenders take turns, so that a busy moment of the machine hits all of them; figures are
-medians over the rounds.
+medians over the rounds, comparisons medians of the ratios within each round.
 
 - step: `Trainer.advance`, as `vsc train` runs it.
 - step, float32: the same without bfloat16 products.
@@ -179,15 +179,21 @@ def images_per_second(
     for _ in range(rounds):
         for name, step in steps.items():
             rates[name].append(_rate(step, seconds, clock) * batch)
-    first = median(rates["step"])
     print("| contender | images/s | lowest to highest | step is | step, compiled, is |")
     print("|---|---|---|---|---|")
-    compiled = median(rates.get("step, compiled", [float("nan")]))
     for name, found in rates.items():
-        middle = median(found)
         spread = f"{min(found):,.0f} to {max(found):,.0f}"
-        shares = f"{first / middle:.2f}x | {compiled / middle:.2f}x"
-        print(f"| {name} | {middle:,.0f} | {spread} | {shares} |")
+        times = [_times(rates[ours], found) for ours in ("step", "step, compiled") if ours in rates]
+        print(f"| {name} | {median(found):,.0f} | {spread} | {' | '.join(times)} |")
+
+
+def _times(ours: list[float], others: list[float]) -> str:
+    """Return how many times as fast one is as another, lowest to highest of the rounds' ratios.
+
+    Of each round by itself: a busy moment of the machine slows both.
+    """
+    ratios = [one / other for one, other in zip(ours, others, strict=True)]
+    return f"{median(ratios):.2f}x ({min(ratios):.2f} to {max(ratios):.2f})"
 
 
 def peak_memory_mib(name: str, recipe: Recipe) -> float:
