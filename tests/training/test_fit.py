@@ -69,7 +69,7 @@ def test_the_same_seed_gives_the_same_weights_and_another_seed_others(
 @pytest.mark.slow
 def test_a_killed_run_resumes_to_the_same_weights(grey_folder: Path, tmp_path: Path) -> None:
     fields = ["latent_dim=16", "hidden=256", "steps=1500", "batch_size=32", "alpha=0.2"]
-    fields += ["input_dropout=0.1"]
+    fields += ["input_dropout=0.1", "weight_decay=0.1"]
     sets = [part for field in fields for part in ("--set", field)]
 
     def command(run: str, *more: str) -> list[str]:
@@ -198,3 +198,27 @@ def test_vectors_are_scaled_inside_and_come_back_in_their_own_units() -> None:
     assert float(model.scale) == pytest.approx(7.0, rel=0.1)
     assert torch.all((model.pseudo_inputs > 50) & (model.pseudo_inputs < 150))
     assert model.decode(torch.zeros(1, 16)).mean().item() == pytest.approx(100.0, abs=7.0)
+
+
+def test_weight_decay_takes_from_the_weights_of_layers_alone() -> None:
+    """Beside the same run without: after one step, weights differ by their share, no more."""
+    rows = np.random.default_rng(0).integers(0, 256, (64, 8, 8, 1), dtype=np.uint8)
+    spec = DataSpec(pixel_spec=PixelSpec(height=8, width=8, channels=1))
+    examples = Examples(rows, [str(number) for number in range(64)], spec)
+    plain, decayed = (
+        Trainer(small_recipe(f"weight_decay={decay}", "precision=float32"), examples, CPU)
+        for decay in (0.0, 10.0)
+    )
+    start = {name: weight.detach().clone() for name, weight in plain.model.named_parameters()}
+    plain.advance(), decayed.advance()
+    shrunk = plain.recipe.learning_rate * 10.0
+    names = []
+    for (name, weight), other in zip(
+        plain.model.named_parameters(), decayed.model.parameters(), strict=True
+    ):
+        is_matrix = name.endswith(".weight")
+        expected = weight - shrunk * start[name] if is_matrix else weight
+        torch.testing.assert_close(other, expected, msg=name)
+        names += [name] if is_matrix else []
+    assert {"spike_head.weight", "slab_head.weight", "classifier.weight"} < set(names)
+    assert "pseudo_logits" not in names

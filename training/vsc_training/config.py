@@ -83,6 +83,8 @@ class Recipe:
     """Images per step."""
     input_dropout: float = 0.0
     """Share of each example that training hides from the encoder, against learning by heart."""
+    weight_decay: float = 0.0
+    """Share of the layers' weights that a step at learning rate 1 would take away."""
     learning_rate: float = 1.5e-3
     """Step size of Adam."""
     learning_rate_drop_at: float = 0.8
@@ -114,7 +116,7 @@ class Recipe:
             _require(getattr(self, name) >= 1, name, getattr(self, name), "at least 1")
         for name in ("alpha", "learning_rate_drop_at"):
             _require(0 < getattr(self, name) < 1, name, getattr(self, name), "above 0 and below 1")
-        for name in ("beta", "sparsity_weight", "balance_weight"):
+        for name in ("beta", "sparsity_weight", "balance_weight", "weight_decay"):
             _require(getattr(self, name) >= 0, name, getattr(self, name), "0 or more")
         for name in ("sharpness_start", "sharpness_end", "prior_sharpness", "learning_rate"):
             _require(getattr(self, name) > 0, name, getattr(self, name), "above 0")

@@ -9,11 +9,11 @@ import logging
 from collections.abc import Callable
 from contextlib import nullcontext
 from pathlib import Path
-from typing import Final
+from typing import Any, Final
 
 import numpy as np
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
 
 from vsc_serve.errors import CheckFailed, UsageError
@@ -85,8 +85,11 @@ class Trainer:
             self.model = VSC(recipe, examples.spec)
         self.model.to(device)
         self.generator = torch.Generator(device).manual_seed(recipe.seed + self.group.rank)
-        self.optimizer = torch.optim.Adam(
-            self.model.parameters(), lr=recipe.learning_rate, fused=device.type in ("cpu", "cuda")
+        self.optimizer = torch.optim.AdamW(
+            _parameter_groups(self.model),
+            lr=recipe.learning_rate,
+            weight_decay=0.0,
+            fused=device.type in ("cpu", "cuda"),
         )
         order = self._permutation(0)
         self.model.set_scaling(self.feed.take(self.train_numbers[order[:_CHECK_IMAGES]]))
@@ -232,6 +235,20 @@ def fit(
                 wait_for_all()
                 _stop_on_collapse(health, recipe, step)
     return health or trainer.check()
+
+
+def _parameter_groups(model: VSC) -> list[dict[str, Any]]:
+    """Return what the optimiser fits: the weights of layers decay, all else does not.
+
+    Decay would draw biases to spikes of one half, and pseudo-inputs to grey.
+    """
+    decay = model.recipe.weight_decay
+    if decay == 0:
+        return [{"params": list(model.parameters())}]
+    parts: dict[bool, list[nn.Parameter]] = {True: [], False: []}
+    for name, parameter in model.named_parameters():
+        parts[name.endswith(".weight")].append(parameter)
+    return [{"params": parts[True], "weight_decay": decay}, {"params": parts[False]}]
 
 
 def _spike_start(model: VSC) -> float:
