@@ -11,7 +11,13 @@ from torch import Tensor, nn
 from vsc_serve.preprocess import PixelSpec
 from vsc_training.backbone import BackboneSpec
 from vsc_training.config import Recipe
-from vsc_training.networks import conv_decoder, conv_encoder, mlp_decoder, mlp_encoder
+from vsc_training.networks import (
+    conv_decoder,
+    conv_encoder,
+    encode_both,
+    mlp_decoder,
+    mlp_encoder,
+)
 from vsc_training.objective import Posterior, bernoulli_nll, gaussian_nll, sharpen
 
 SPIKE_LOGIT_LIMIT: Final = 12.0
@@ -102,8 +108,7 @@ class VSC(nn.Module):
         """
         scaled = self._scaled(examples)
         parts = (scaled if shown is None else scaled * shown, self._scaled_pseudo_inputs())
-        # Not one pass through the layers as well: that would take the gradient of every pixel.
-        both = self._heads(torch.cat([self.encoder(part) for part in parts]))
+        both = self._heads(encode_both(self.encoder, *parts))
         q, prior = zip(*(part.tensor_split((len(examples),)) for part in both), strict=True)
         return Posterior(*q), sharpen(Posterior(*prior), self.recipe.prior_sharpness)
 

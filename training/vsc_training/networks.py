@@ -6,7 +6,10 @@ inside is its own business. The last layer of an encoder is the caller's (see `m
 
 from itertools import pairwise
 from math import prod
+from typing import Any
 
+import torch
+import torch.nn.functional as F
 from torch import Tensor, nn
 
 from vsc_serve.errors import UsageError
@@ -24,6 +27,52 @@ def mlp_decoder(latent_dim: int, hidden: int, layers: int, shape: tuple[int, ...
     return nn.Sequential(
         *_relu_layers(sizes), nn.Linear(hidden, prod(shape)), nn.Unflatten(1, shape)
     )
+
+
+def encode_both(encoder: nn.Sequential, given: Tensor, learned: Tensor) -> Tensor:
+    """Return the hidden units of the examples and of the pseudo-inputs, one below the other.
+
+    As `torch.cat([encoder(given), encoder(learned)])`, but an mlp's first and largest layer takes
+    both in one product.
+
+    Args:
+        encoder: What `mlp_encoder` or `conv_encoder` made.
+        given: Examples, which need no gradient, shape (images, *shape).
+        learned: Pseudo-inputs, which do, shape (pseudo-inputs, *shape).
+    """
+    _, first, *others = encoder
+    if not isinstance(first, nn.Linear):
+        return torch.cat([encoder(given), encoder(learned)])
+    flat = given.flatten(1), learned.flatten(1)
+    hidden: Tensor = _PartlyGivenLinear.apply(*flat, first.weight, first.bias)
+    for layer in others:
+        hidden = layer(hidden)
+    return hidden
+
+
+class _PartlyGivenLinear(torch.autograd.Function):
+    """A linear layer over given and learned rows, without the gradient of the given ones.
+
+    Autograd takes the gradient of all rows of a product or of none.
+    """
+
+    @staticmethod
+    def forward(ctx: Any, given: Tensor, learned: Tensor, weight: Tensor, bias: Tensor) -> Tensor:
+        device = weight.device.type
+        is_half = torch.is_autocast_enabled(device)
+        dtype = torch.get_autocast_dtype(device) if is_half else weight.dtype
+        rows, weight = torch.cat([given.to(dtype), learned.to(dtype)]), weight.to(dtype)
+        ctx.given_count, ctx.types = len(given), (learned.dtype, bias.dtype)
+        ctx.save_for_backward(rows, weight)
+        return F.linear(rows, weight, bias.to(dtype))
+
+    @staticmethod
+    def backward(ctx: Any, gradient: Tensor) -> tuple[None, Tensor, Tensor, Tensor]:
+        rows, weight = ctx.saved_tensors
+        input_type, weight_type = ctx.types
+        of_learned = (gradient[ctx.given_count :] @ weight).to(input_type)
+        of_weight = (gradient.T @ rows).to(weight_type)
+        return None, of_learned, of_weight, gradient.sum(0).to(weight_type)
 
 
 def _relu_layers(sizes: list[int]) -> list[nn.Module]:
