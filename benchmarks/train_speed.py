@@ -133,9 +133,9 @@ def products_of(recipe: Recipe) -> list[Product]:
     """
     batch, hidden, latents = recipe.batch_size, recipe.hidden, recipe.latent_dim
     pixels, pseudo = SIDE * SIDE, recipe.pseudo_inputs
-    found = _linear(batch, pixels, hidden)[:2] + _linear(batch, pixels, pseudo)[:2]
-    found += _linear(pseudo, pixels, hidden)
-    both = batch + pseudo  # one pass through the heads
+    both = batch + pseudo  # one pass through the encoder
+    found = _linear(both, pixels, hidden)[:2] + _linear(pseudo, pixels, hidden)[2:]
+    found += _linear(batch, pixels, pseudo)[:2]
     found += _linear(both, hidden, 2 * latents)
     found += _linear(both, hidden, latents, is_float32=True)  # the spike logits
     found += _linear(batch, latents, hidden) + _linear(batch, hidden, pixels)

@@ -116,7 +116,7 @@ def _parser() -> argparse.ArgumentParser:
         dest="overrides",
         action="append",
         default=[],
-        help="field=value of the recipe of `vsc`, as in `vsc train`",
+        help="field=value of the sparse recipe, as in `vsc train`; for vsc, topk and vae",
     )
     add("--claim", action="store_true", help="bound and disentanglement over the latents J")
     add("--out", type=Path, default=Path("results.jsonl"), help="results, appended to")

@@ -1,8 +1,8 @@
 """What VSC is compared with: a dense VAE, a TopK sparse autoencoder and PCA.
 
 The VAE and the TopK autoencoder are the layers of `VSC` with another code in the middle, fitted
-under the same recipe: likelihood, Adam, batch, steps, drop of the learning rate, bfloat16 rule. VSC
-itself is fitted by `vsc_training.fit`, never here.
+under the same recipe: likelihood, AdamW, batch, steps, drop of the learning rate, dropout of the
+input, weight decay, bfloat16 rule. VSC itself is fitted by `vsc_training.fit`, never here.
 """
 
 import math
@@ -20,8 +20,10 @@ from vsc_training.config import Recipe
 from vsc_training.data import Examples
 from vsc_training.device import uses_bfloat16
 from vsc_training.feed import Feed
+from vsc_training.fit import parameter_groups
 from vsc_training.metrics import deterministic_code
 from vsc_training.model import VSC
+from vsc_training.step import draw_shown
 
 AUXILIARY_WEIGHT: Final = 1.0
 """Weight of the loss that revives dead latents (Gao et al. 2024, appendix A.2, where it is 1/32).
@@ -116,11 +118,12 @@ class Baseline(nn.Module):
         """Return the means of the likelihood."""
         return self.layers.decode(codes)
 
-    def loss(self, rows: Tensor, generator: torch.Generator) -> Tensor:
+    def loss(self, rows: Tensor, shown: Tensor | None, generator: torch.Generator) -> Tensor:
         """Return what is minimised, in nats a row.
 
         Args:
             rows: One batch, shape (rows, *shape).
+            shown: What the encoder sees of it, as in `VSC.encode`.
             generator: Source of the noise, for models that draw.
         """
         raise NotImplementedError
@@ -140,9 +143,9 @@ class DenseVae(Baseline):
         """Return the posterior means: dense codes."""
         return self.layers.encode(rows).mu
 
-    def loss(self, rows: Tensor, generator: torch.Generator) -> Tensor:
+    def loss(self, rows: Tensor, shown: Tensor | None, generator: torch.Generator) -> Tensor:
         """Return the negative bound with the divergence weighed by beta."""
-        _, mu, logvar = self.layers.encode(rows)
+        _, mu, logvar = self.layers.encode(rows, shown)
         noise = torch.randn(mu.shape, generator=generator)
         reconstruction = self.layers.nll(mu + noise * torch.exp(0.5 * logvar), rows)
         kl = 0.5 * (mu.square() + logvar.exp() - logvar - 1.0).sum(1)
@@ -189,9 +192,9 @@ class TopK(Baseline):
         """Return sparse codes, at most k entries a row, none negative."""
         return keep_largest(F.relu(self.layers.encode(rows).mu), self.k)
 
-    def loss(self, rows: Tensor, generator: torch.Generator) -> Tensor:
+    def loss(self, rows: Tensor, shown: Tensor | None, generator: torch.Generator) -> Tensor:
         """Return the reconstruction error and, while latents are dead, the auxiliary one."""
-        activations = F.relu(self.layers.encode(rows).mu)
+        activations = F.relu(self.layers.encode(rows, shown).mu)
         codes = keep_largest(activations, self.k)
         reconstruction = self.layers.nll(codes, rows).mean()
         self.silent_steps = torch.where((codes > 0).any(0), 0.0, self.silent_steps + 1.0)
@@ -225,19 +228,25 @@ def fit_baseline(model: Baseline, recipe: Recipe, examples: Examples) -> None:
 
     Args:
         model: What to fit.
-        recipe: Steps, batch, learning rate, precision and the seed of order and noise.
+        recipe: Steps, batch, learning rate, dropout of the input, weight decay, precision and the
+            seed of order and noise.
         examples: The data; all rows are used.
     """
     device = torch.device("cpu")
     feed = Feed.of(examples.rows, device)
     generator = torch.Generator().manual_seed(recipe.seed)
-    optimizer = torch.optim.Adam(model.parameters(), lr=recipe.learning_rate, fused=True)
+    groups = parameter_groups(model, recipe.weight_decay)
+    optimizer = torch.optim.AdamW(groups, lr=recipe.learning_rate, weight_decay=0.0, fused=True)
     half = uses_bfloat16(recipe, device)
     for step, numbers in enumerate(_batches(len(examples.rows), recipe, generator)):
         if step == int(recipe.learning_rate_drop_at * recipe.steps):
-            optimizer.param_groups[0]["lr"] = 0.1 * recipe.learning_rate
+            for group in optimizer.param_groups:
+                group["lr"] = 0.1 * recipe.learning_rate
+        rows, shown = feed.take(numbers), None
+        if recipe.input_dropout:
+            shown = draw_shown(rows.shape, recipe.input_dropout, generator)
         with torch.autocast("cpu", torch.bfloat16, enabled=half):
-            loss = model.loss(feed.take(numbers), generator)
+            loss = model.loss(rows, shown, generator)
         optimizer.zero_grad(set_to_none=True)
         loss.backward()
         optimizer.step()

@@ -77,7 +77,7 @@ class Run:
     rows: Rows = "drawn"
     """Which rows are measured: drawn by chance, or the first ones in the order of the data."""
     overrides: tuple[str, ...] = ()
-    """Fields of the sparse recipe that are set otherwise, `key=value`. For VSC's sparse recipe."""
+    """Fields of the sparse recipe that are set otherwise, `key=value`."""
 
     @property
     def name(self) -> str:
@@ -107,7 +107,8 @@ def comparison_runs(
         for model in models:
             if seed == 0 or not model.startswith(("pca", BUILTIN)):  # these have no seed
                 run = Run(data=data, model=model, seed=seed, steps=steps, rows=rows)
-                yield replace(run, overrides=tuple(overrides)) if model == "vsc" else run
+                has_recipe = not model.startswith(("pca", BUILTIN, "vsc-paper"))
+                yield replace(run, overrides=tuple(overrides)) if has_recipe else run
 
 
 def claim_runs(data: str, *, seeds: int, steps: int) -> Iterator[Run]:

@@ -56,7 +56,7 @@ def test_the_vae_loss_is_the_negative_bound_of_one_draw(examples: Examples) -> N
     rows = pixels(examples)
     with torch.no_grad():
         vae.layers.slab_head.weight.mul_(6)  # or the divergence would be too small to be seen
-        losses = [vae.loss(rows, torch.Generator().manual_seed(seed)) for seed in range(50)]
+        losses = [vae.loss(rows, None, torch.Generator().manual_seed(seed)) for seed in range(50)]
         bounds = [vae.iwae(rows, 1, torch.Generator().manual_seed(seed)) for seed in range(50)]
     assert np.mean(losses) == pytest.approx(-float(torch.stack(bounds).mean()), abs=0.1)
 
@@ -87,7 +87,7 @@ def test_the_auxiliary_loss_reaches_dead_latents_and_only_them(examples: Example
 
 def head_gradient(model: baselines.TopK, rows: torch.Tensor) -> torch.Tensor:
     model.zero_grad()
-    model.loss(rows, torch.Generator()).backward()
+    model.loss(rows, None, torch.Generator()).backward()
     gradient = model.layers.slab_head.bias.grad
     assert gradient is not None
     return gradient[: model.layers.recipe.latent_dim]
@@ -97,7 +97,7 @@ def test_a_latent_that_fires_is_not_dead(examples: Examples) -> None:
     model = baselines.TopK(baselines.make_layers(recipe(), examples), k=2)
     model.silent_steps.fill_(7.0)
     rows = pixels(examples)
-    model.loss(rows, torch.Generator())
+    model.loss(rows, None, torch.Generator())
     fired = (model.encode(rows) > 0).any(0)
     assert set(model.silent_steps[fired].tolist()) == {0.0}
     assert set(model.silent_steps[~fired].tolist()) == {8.0}
@@ -182,3 +182,29 @@ def test_a_data_argument_without_a_source_says_what_is_expected() -> None:
     assert read_sources(["smiley", "a=b,c"]) == {"smiley": "smiley", "a": "b,c"}
     with pytest.raises(UsageError, match="expected NAME=TRAIN,TEST"):
         read_sources(["mnist"])
+
+
+def test_baselines_are_kept_from_learning_by_heart_as_vsc_is(examples: Examples) -> None:
+    """Dropout of the input and weight decay, where the recipe asks for them."""
+
+    def fitted(*overrides: str) -> baselines.DenseVae:
+        chosen = recipe("steps=30", *overrides)
+        model = baselines.DenseVae(baselines.make_layers(chosen, examples), beta=1.0)
+        baselines.fit_baseline(model, chosen, examples)
+        return model
+
+    def first_layer(model: baselines.DenseVae) -> torch.Tensor:
+        return model.layers.encoder[1].weight.detach()
+
+    plain = first_layer(fitted())
+    assert torch.equal(plain, first_layer(fitted()))
+    assert not torch.equal(plain, first_layer(fitted("input_dropout=0.3")))
+    decayed = first_layer(fitted("weight_decay=20.0"))
+    assert decayed.norm() < 0.8 * plain.norm()
+
+
+def test_fields_that_are_set_reach_every_model_that_has_a_recipe() -> None:
+    made = runs.comparison_runs(
+        "x", ["vsc", "vsc-paper", "topk-8", "vae", "pca-8"], seeds=1, steps=9, overrides=["seed=1"]
+    )
+    assert {run.model for run in made if run.overrides} == {"vsc", "topk-8", "vae"}

@@ -86,7 +86,7 @@ class Trainer:
         self.model.to(device)
         self.generator = torch.Generator(device).manual_seed(recipe.seed + self.group.rank)
         self.optimizer = torch.optim.AdamW(
-            _parameter_groups(self.model),
+            parameter_groups(self.model, recipe.weight_decay),
             lr=recipe.learning_rate,
             weight_decay=0.0,
             fused=device.type in ("cpu", "cuda"),
@@ -178,6 +178,19 @@ class Trainer:
         return torch.randperm(len(self.train_numbers), generator=generator)
 
 
+def parameter_groups(model: nn.Module, weight_decay: float) -> list[dict[str, Any]]:
+    """Return what AdamW fits: the weights of layers decay, all else does not.
+
+    Decay would draw biases to spikes of one half, and pseudo-inputs to grey.
+    """
+    if weight_decay == 0:
+        return [{"params": list(model.parameters())}]
+    parts: dict[bool, list[nn.Parameter]] = {True: [], False: []}
+    for name, parameter in model.named_parameters():
+        parts[name.endswith(".weight")].append(parameter)
+    return [{"params": parts[True], "weight_decay": weight_decay}, {"params": parts[False]}]
+
+
 def fit(
     recipe: Recipe,
     examples: Examples,
@@ -235,20 +248,6 @@ def fit(
                 wait_for_all()
                 _stop_on_collapse(health, recipe, step)
     return health or trainer.check()
-
-
-def _parameter_groups(model: VSC) -> list[dict[str, Any]]:
-    """Return what the optimiser fits: the weights of layers decay, all else does not.
-
-    Decay would draw biases to spikes of one half, and pseudo-inputs to grey.
-    """
-    decay = model.recipe.weight_decay
-    if decay == 0:
-        return [{"params": list(model.parameters())}]
-    parts: dict[bool, list[nn.Parameter]] = {True: [], False: []}
-    for name, parameter in model.named_parameters():
-        parts[name.endswith(".weight")].append(parameter)
-    return [{"params": parts[True], "weight_decay": decay}, {"params": parts[False]}]
 
 
 def _spike_start(model: VSC) -> float:

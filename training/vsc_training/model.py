@@ -87,9 +87,14 @@ class VSC(nn.Module):
         self.center: Tensor
         self.scale: Tensor
 
-    def encode(self, examples: Tensor) -> Posterior:
-        """Return the posterior of each example, in float32."""
-        return self._encode_scaled(self._scaled(examples))
+    def encode(self, examples: Tensor, shown: Tensor | None = None) -> Posterior:
+        """Return the posterior of each example, in float32.
+
+        Args:
+            examples: Shape (images, *shape).
+            shown: Factors of the scaled examples, same shape: 0 where training hides a value.
+        """
+        return self._encode_scaled(self._seen(examples, shown))
 
     def prior(self) -> Posterior:
         """Return the posteriors of the pseudo-inputs, spike probabilities sharpened."""
@@ -100,14 +105,8 @@ class VSC(nn.Module):
     def encode_with_prior(
         self, examples: Tensor, shown: Tensor | None = None
     ) -> tuple[Posterior, Posterior]:
-        """Return `encode(examples)` and `prior()`, with one pass through the heads for both.
-
-        Args:
-            examples: Shape (images, *shape).
-            shown: Factors of the scaled examples, same shape: 0 where training hides a value.
-        """
-        scaled = self._scaled(examples)
-        parts = (scaled if shown is None else scaled * shown, self._scaled_pseudo_inputs())
+        """Return `encode(examples, shown)` and `prior()`, with one pass for both where it pays."""
+        parts = self._seen(examples, shown), self._scaled_pseudo_inputs()
         both = self._heads(encode_both(self.encoder, *parts))
         q, prior = zip(*(part.tensor_split((len(examples),)) for part in both), strict=True)
         return Posterior(*q), sharpen(Posterior(*prior), self.recipe.prior_sharpness)
@@ -187,6 +186,10 @@ class VSC(nn.Module):
             mu,
             F.hardtanh(logvar, *LOGVAR_RANGE),
         )
+
+    def _seen(self, examples: Tensor, shown: Tensor | None) -> Tensor:
+        scaled = self._scaled(examples)
+        return scaled if shown is None else scaled * shown
 
     def _scaled(self, examples: Tensor) -> Tensor:
         return (examples - self.center) / self.scale if self.data.modality == "vector" else examples
