@@ -123,6 +123,12 @@ class Recipe:
         for name in ("spike_start", "input_dropout", "validation_share"):
             _require(0 <= getattr(self, name) < 1, name, getattr(self, name), "in [0, 1)")
         _require(
+            self.weight_decay * self.learning_rate < 1,
+            "weight_decay",
+            self.weight_decay,
+            f"below {1 / self.learning_rate:g} (1 / learning_rate, which takes all weights at once)",
+        )
+        _require(
             0 <= self.warmup_start <= self.warmup_end <= 1,
             "warmup_start, warmup_end",
             (self.warmup_start, self.warmup_end),
