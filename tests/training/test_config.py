@@ -59,7 +59,7 @@ def test_a_recipe_survives_its_own_toml(tmp_path: Path) -> None:
         ("steps=0", "steps must be at least 1, not 0"),
         ("spike=soft", "spike must be one of straight_through, relaxed, hard_concrete, not 'soft'"),
         ("warmup_end=0.05", "so that lambda reaches 1"),
-        ("input_dropout=1", "input_dropout must be in [0, 1), not 1.0"),
+        ("input_dropout=1", "input_dropout must be in [0, 1), not 1"),
         ("weight_decay=-0.1", "weight_decay must be 0 or more, not -0.1"),
         ("weight_decay=700", "weight_decay must be below 666.667 (1 / learning_rate"),
         ("alpha", "expected key=value"),

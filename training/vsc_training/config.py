@@ -126,7 +126,7 @@ class Recipe:
             self.weight_decay * self.learning_rate < 1,
             "weight_decay",
             self.weight_decay,
-            f"below {1 / self.learning_rate:g} (1 / learning_rate, which takes all weights at once)",
+            f"below {1 / self.learning_rate:g} (1 / learning_rate, which takes all away)",
         )
         _require(
             0 <= self.warmup_start <= self.warmup_end <= 1,
