@@ -6,6 +6,7 @@ import signal
 import subprocess
 import sys
 import time
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -19,6 +20,7 @@ from vsc_training.config import Recipe, load_recipe
 from vsc_training.data import Examples, load_examples
 from vsc_training.device import choose_device
 from vsc_training.fit import Trainer, fit
+from vsc_training.metrics import find_overfit
 from vsc_training.model import VSC, DataSpec, choose_network
 
 CPU = torch.device("cpu")
@@ -222,3 +224,46 @@ def test_weight_decay_takes_from_the_weights_of_layers_alone() -> None:
         names += [name] if is_matrix else []
     assert {"spike_head.weight", "slab_head.weight", "classifier.weight"} < set(names)
     assert "pseudo_logits" not in names
+
+
+NOISE_BY_HEART = ("alpha=0.4", "beta=0.05", "learning_rate=0.01", "steps=400", "hidden=128")
+
+
+def test_a_model_that_knows_its_examples_by_heart_says_so_and_what_to_do(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    """Pictures of noise can be remembered; nothing of one is in another."""
+    rows = np.random.default_rng(0).integers(0, 256, (64, 8, 8, 1), dtype=np.uint8)
+    spec = DataSpec(pixel_spec=PixelSpec(height=8, width=8, channels=1))
+    examples = Examples(rows, [str(number) for number in range(64)], spec)
+    recipe = small_recipe("validation_share=0.4", *NOISE_BY_HEART)
+    health = fit(recipe, examples, tmp_path, device=CPU)
+    (warning,) = (line.getMessage() for line in caplog.records if line.levelname == "WARNING")
+    assert "learned its examples by heart: squared error is 0." in warning
+    assert f"and {health.squared_error:.3g} on the {health.images} kept out" in warning
+    assert "--set input_dropout=0.3 (now 0) and --set weight_decay=1 (now 0)" in warning
+    lines = [json.loads(line) for line in (tmp_path / "log.jsonl").read_text().splitlines()]
+    check, trained = lines[-2:]
+    assert (check["kind"], trained["kind"]) == ("check", "trained")
+    assert trained["squared_error"] < 0.2 * check["squared_error"]
+
+
+def test_what_is_about_as_good_on_what_it_has_not_seen_is_not_called_learned_by_heart() -> None:
+    rows = np.random.default_rng(0).integers(0, 256, (64, 8, 8, 1), dtype=np.uint8)
+    spec = DataSpec(pixel_spec=PixelSpec(height=8, width=8, channels=1))
+    examples = Examples(rows, [str(number) for number in range(64)], spec)
+    recipe = small_recipe("input_dropout=0.3", "weight_decay=0.5", "validation_share=0.4")
+    health = Trainer(recipe, examples, CPU).check()
+
+    def held_out(error: float, images: int = 100) -> str | None:
+        measured = replace(health, squared_error=error, images=images)
+        return find_overfit(measured, replace(health, squared_error=2.0), recipe)
+
+    assert held_out(2.9) is None
+    assert held_out(9.0, images=19) is None
+    assert held_out(3.1) == (
+        "squared error is 2 on the examples of the training and 3.1 on the 100 kept out; try"
+        " --set weight_decay=1 (now 0.5)"
+    )
+    recipe = replace(recipe, weight_decay=1.0)
+    assert str(held_out(3.1)).endswith("try more examples, or fewer steps")

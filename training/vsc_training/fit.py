@@ -30,7 +30,7 @@ from vsc_training.data import Examples
 from vsc_training.device import uses_bfloat16
 from vsc_training.distributed import Group, gather_states, wait_for_all
 from vsc_training.feed import Feed
-from vsc_training.metrics import Health, find_collapse, measure_health
+from vsc_training.metrics import Health, find_collapse, find_overfit, measure_health
 from vsc_training.model import VSC
 from vsc_training.runlog import RunLog
 from vsc_training.step import Objective, Terms
@@ -117,13 +117,12 @@ class Trainer:
         self.step += 1
         return Terms(*(term.detach() for term in terms))
 
-    def check(self) -> Health:
-        """Measure the model on examples that it is not trained on."""
+    def check(self, *, trained: bool = False) -> Health:
+        """Measure the model on examples that it is not trained on, or on as many that it is."""
+        numbers = self.train_numbers[: len(self.check_numbers)] if trained else self.check_numbers
         generator = torch.Generator(self.device).manual_seed(self.recipe.seed)
         self.model.eval()
-        health = measure_health(
-            self.model, self.feed.batches(self.check_numbers, _CHECK_BATCH), generator
-        )
+        health = measure_health(self.model, self.feed.batches(numbers, _CHECK_BATCH), generator)
         self.model.train()
         return health
 
@@ -247,6 +246,11 @@ def fit(
                     save_checkpoint(run, checkpoint)
                 wait_for_all()
                 _stop_on_collapse(health, recipe, step)
+        if log and health and recipe.validation_share > 0:
+            trained = trainer.check(trained=True)
+            log.add_health(trainer.step, trained, kind="trained")
+            if reason := find_overfit(health, trained, recipe):
+                logger.warning("the model has learned its examples by heart: %s", reason)
     return health or trainer.check()
 
 

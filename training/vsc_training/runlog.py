@@ -37,9 +37,9 @@ class RunLog:
         figures = terms | {"elbo_paper": -terms["reconstruction"] - terms["kl"]}
         self._write(step, "train", figures | {"lam": lam, "steps_per_s": round(rate, 2)})
 
-    def add_health(self, step: int, health: Health) -> None:
-        """Write the figures of a health check."""
-        self._write(step, "check", health.to_json())
+    def add_health(self, step: int, health: Health, kind: str = "check") -> None:
+        """Write the figures of a health check, `trained` where it was of training examples."""
+        self._write(step, kind, health.to_json())
 
     def _write(self, step: int, kind: str, figures: dict[str, Any]) -> None:
         self._file.write(json.dumps({"step": step, "kind": kind} | figures) + "\n")
