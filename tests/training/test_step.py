@@ -107,7 +107,8 @@ def test_a_compiled_step_computes_what_the_plain_one_does() -> None:
     """Before, within and after the warm-up, with a spike whose slope changes at every step."""
     from torch._dynamo.utils import counters
 
-    recipe = small_recipe("precision=float32", "steps=12", "learning_rate=0.01", "spike=relaxed")
+    fields = ["precision=float32", "steps=12", "learning_rate=0.01", "spike=relaxed"]
+    recipe = small_recipe(*fields, "input_dropout=0.2", "weight_decay=0.1")
     examples = noise_examples()
     plain = Trainer(recipe, examples, CPU)
     compiled = Trainer(recipe, examples, CPU, is_compiled=True)
