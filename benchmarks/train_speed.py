@@ -34,7 +34,7 @@ import torch
 import torch.nn.functional as F
 from torch.utils.data import DataLoader, TensorDataset
 
-from vsc_serve.preprocess import PixelSpec
+from vsc_serve.images import PixelSpec
 from vsc_training.config import Recipe, load_recipe
 from vsc_training.data import Examples
 from vsc_training.device import uses_bfloat16

@@ -13,7 +13,7 @@ from PIL import Image
 from vsc_serve.bundle import Manifest
 from vsc_serve.codes import threshold_logit
 from vsc_serve.encoder import Encoder
-from vsc_serve.preprocess import PixelSpec
+from vsc_serve.images import PixelSpec
 from vsc_serve.session import cuda_is_there
 
 

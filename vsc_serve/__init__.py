@@ -15,16 +15,17 @@ __version__ = "0.1.0"
 
 if TYPE_CHECKING:
     from vsc_serve.codes import CodeFile, read_codes, write_codes
-    from vsc_serve.encoder import Decoder, Encoder
+    from vsc_serve.decoder import Decoder
+    from vsc_serve.encoder import Encoder
     from vsc_serve.errors import VscError
+    from vsc_serve.images import PixelSpec
     from vsc_serve.pipeline import stream
-    from vsc_serve.preprocess import PixelSpec
 
 _HOMES = {
     "CodeFile": "codes",
-    "Decoder": "encoder",
+    "Decoder": "decoder",
     "Encoder": "encoder",
-    "PixelSpec": "preprocess",
+    "PixelSpec": "images",
     "VscError": "errors",
     "read_codes": "codes",
     "stream": "pipeline",

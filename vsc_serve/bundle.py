@@ -11,8 +11,8 @@ from dataclasses import asdict, dataclass, field, fields
 from pathlib import Path
 from typing import Any, Final, Literal, TypeAlias, get_args
 
-from vsc_serve.errors import BundleError
-from vsc_serve.preprocess import PixelSpec
+from vsc_serve.errors import BundleError, InputError
+from vsc_serve.images import PixelSpec
 
 FORMAT: Final = 1
 """Newest bundle format this version reads and writes."""
@@ -195,6 +195,15 @@ def open_bundle(path: Path) -> Bundle:
     for name, expected in manifest.files.items():
         _check_file(path / name, expected)
     return Bundle(path, manifest)
+
+
+def image_spec(manifest: Manifest) -> PixelSpec:
+    """Return how images become pixels. Raises InputError for a model of vectors."""
+    if manifest.pixel_spec is None:
+        raise InputError(
+            f"model {manifest.name} encodes vectors of length {manifest.input_dim}, not images"
+        )
+    return manifest.pixel_spec
 
 
 def sha256(path: Path) -> str:

@@ -20,12 +20,12 @@ from PIL import Image
 
 from vsc_serve.bundle import ENCODER, open_bundle
 from vsc_serve.codes import threshold_logit
-from vsc_serve.encoder import PLAIN, Encoder
-from vsc_serve.images import read_pixels
+from vsc_serve.encoder import Encoder
+from vsc_serve.images import PixelSpec, read_pixels
+from vsc_serve.options import PLAIN
 from vsc_serve.pipeline import Job, Pool, open_pool, run_job
-from vsc_serve.preprocess import PixelSpec
+from vsc_serve.pipeline.shards import Parts
 from vsc_serve.session import open_session
-from vsc_serve.shards import Parts
 from vsc_serve.sources import find_sources, read_file
 
 BATCH = 256

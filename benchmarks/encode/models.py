@@ -9,7 +9,7 @@ from numpy.typing import NDArray
 from onnx import TensorProto, helper, numpy_helper
 
 from vsc_serve.bundle import ENCODER, MANIFEST, Manifest, sha256
-from vsc_serve.preprocess import PixelSpec
+from vsc_serve.images import PixelSpec
 
 ACTIVE = 0.05
 """Share of latents that is on, about."""

@@ -15,7 +15,8 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from vsc_serve.codes import dense_to_csr
-from vsc_serve.encoder import Decoder, Encoder
+from vsc_serve.decoder import Decoder
+from vsc_serve.encoder import Encoder
 from vsc_training.config import Recipe
 from vsc_training.data import Examples
 from vsc_training.device import uses_bfloat16

@@ -10,7 +10,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from vsc_serve.errors import UsageError
-from vsc_serve.preprocess import PixelSpec
+from vsc_serve.images import PixelSpec
 from vsc_training.data import Examples, load_examples
 from vsc_training.model import DataSpec
 from vsc_training.smiley import Smiley, generate

@@ -39,7 +39,7 @@ from vsc_serve.atomic import atomic_folder
 from vsc_serve.bundle import DECODER, ENCODER, ENCODER_CSR, ENCODER_TOPK, MANIFEST
 from vsc_serve.codes import dense_to_csr
 from vsc_serve.errors import ExportError, UsageError
-from vsc_serve.preprocess import PixelSpec
+from vsc_serve.images import PixelSpec
 from vsc_serve.session import open_session
 from vsc_training.backbone import Backbone, BackboneSpec
 from vsc_training.checkpoint import Checkpoint, load_checkpoint, load_pictures

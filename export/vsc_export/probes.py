@@ -18,8 +18,7 @@ from vsc_export.comparison import GUARD_BAND
 from vsc_export.verify import run_encoder
 from vsc_serve.bundle import ENCODER, Precision, Probe
 from vsc_serve.codes import dense_to_csr, threshold_logit
-from vsc_serve.images import read_pixels
-from vsc_serve.preprocess import PixelSpec
+from vsc_serve.images import PixelSpec, read_pixels
 from vsc_serve.session import Session, open_session
 from vsc_training.model import VSC, DataSpec
 

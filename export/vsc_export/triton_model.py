@@ -68,8 +68,7 @@ class TritonPythonModel:
     def _decode(self, content: NDArray[np.object_]) -> NDArray[np.uint8]:
         """Turn encoded pictures into pixels, with the function that training used."""
         try:
-            from vsc_serve.images import read_pixels
-            from vsc_serve.preprocess import PixelSpec
+            from vsc_serve.images import PixelSpec, read_pixels
         except ImportError as error:
             raise ValueError(
                 f"image_bytes needs vsc-serve in the server's Python ({error}): pip install"

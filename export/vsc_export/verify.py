@@ -39,7 +39,7 @@ from vsc_export.parity_inputs import parity_inputs
 from vsc_serve.bundle import DECODER, ENCODER, ENCODER_CSR, Precision, open_bundle
 from vsc_serve.codes import dense_to_csr
 from vsc_serve.errors import CheckFailed, ExportError, InputError
-from vsc_serve.preprocess import PixelSpec
+from vsc_serve.images import PixelSpec
 from vsc_serve.session import Device, Session, open_session
 from vsc_training.checkpoint import load_checkpoint, load_samples
 from vsc_training.evaluation.dataset import load_labelled

@@ -9,7 +9,7 @@ import pytest
 import torch
 
 from vsc_export import graphs
-from vsc_serve.preprocess import PixelSpec
+from vsc_serve.images import PixelSpec
 from vsc_training.config import load_recipe
 from vsc_training.model import VSC, DataSpec
 

@@ -17,9 +17,10 @@ from vsc_export import backbone as exporter
 from vsc_export.backbone import export_with_backbone
 from vsc_serve.bundle import open_bundle
 from vsc_serve.codes import threshold
-from vsc_serve.encoder import Decoder, Encoder
+from vsc_serve.decoder import Decoder
+from vsc_serve.encoder import Encoder
 from vsc_serve.errors import ExportError, InputError, UsageError
-from vsc_serve.preprocess import PixelSpec
+from vsc_serve.images import PixelSpec
 from vsc_serve.sources import find_sources
 from vsc_training.backbone import Backbone, BackboneSpec, digest
 from vsc_training.checkpoint import load_checkpoint, load_pictures, load_samples, start_run

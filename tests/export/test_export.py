@@ -17,7 +17,8 @@ from vsc_export.graphs import EncoderGraph, decoder_graph, encoder_graph, exampl
 from vsc_export.write import export_bundle
 from vsc_serve.bundle import open_bundle
 from vsc_serve.codes import threshold, threshold_logit
-from vsc_serve.encoder import Decoder, Encoder
+from vsc_serve.decoder import Decoder
+from vsc_serve.encoder import Encoder
 from vsc_serve.errors import BundleError, ExportError, UsageError
 from vsc_serve.images import read_images
 from vsc_serve.sources import find_sources

@@ -21,8 +21,7 @@ from vsc_export.graphs import TAU_INPUT, encoder_graph, example_rows
 from vsc_export.verify import GUARD_BAND, VALUE_TOLERANCE
 from vsc_serve.bundle import ENCODER, ENCODER_CSR
 from vsc_serve.codes import build_csr, threshold_logit
-from vsc_serve.images import read_pixels
-from vsc_serve.preprocess import PixelSpec
+from vsc_serve.images import PixelSpec, read_pixels
 from vsc_training.config import load_recipe
 from vsc_training.model import VSC, DataSpec
 

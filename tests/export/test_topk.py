@@ -16,8 +16,7 @@ from vsc_export.write import export_bundle
 from vsc_serve.bundle import ENCODER_TOPK, open_bundle
 from vsc_serve.encoder import Encoder
 from vsc_serve.errors import ExportError, UsageError
-from vsc_serve.images import read_pixels
-from vsc_serve.preprocess import PixelSpec
+from vsc_serve.images import PixelSpec, read_pixels
 
 LATENTS = 16
 

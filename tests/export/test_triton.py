@@ -47,11 +47,11 @@ def repository(tmp_path_factory: pytest.TempPathFactory, tiny_bundle: Path) -> P
 
 @pytest.fixture(scope="module")
 def pixels(grey_folder: Path, encoder: Encoder) -> NDArray[np.uint8]:
-    """Forty pictures with codes of different lengths."""
+    """Forty images of both classes, with codes of different lengths."""
     assert encoder.manifest.pixel_spec is not None
-    paths = sorted(grey_folder.rglob("*.png"))[:40]
+    paths = sorted(grey_folder.rglob("*.png"))[::5]
     rows = np.stack([read_pixels(path, encoder.manifest.pixel_spec) for path in paths])
-    assert len(set(np.diff(encoder.encode(rows).indptr))) > 2
+    assert len(set(np.diff(encoder.encode(rows).indptr))) > 1
     return rows
 
 

@@ -14,8 +14,7 @@ from PIL import Image
 
 from vsc_serve import read_codes
 from vsc_serve.encoder import Encoder
-from vsc_serve.images import read_images, read_pixels
-from vsc_serve.preprocess import PixelSpec
+from vsc_serve.images import PixelSpec, read_images, read_pixels
 from vsc_serve.sources import find_sources
 from vsc_training.data import load_examples
 

@@ -14,8 +14,7 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from vsc_serve.images import BadImage, read_images
-from vsc_serve.preprocess import PixelSpec
+from vsc_serve.images import BadImage, PixelSpec, read_images
 from vsc_serve.sources import find_sources
 
 SPEC = PixelSpec(height=8, width=8, channels=3)

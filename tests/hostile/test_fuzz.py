@@ -13,8 +13,7 @@ import pytest
 from PIL import Image
 
 from vsc_serve.errors import InputError
-from vsc_serve.images import read_pixels
-from vsc_serve.preprocess import PixelSpec
+from vsc_serve.images import PixelSpec, read_pixels
 
 SPEC: Final = PixelSpec(height=8, width=8, channels=3)
 MAX_PIXELS: Final = 1_000_000

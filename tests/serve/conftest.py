@@ -12,7 +12,7 @@ from PIL import Image
 
 from vsc_serve.bundle import DECODER, ENCODER, MANIFEST, Manifest, Probe, sha256
 from vsc_serve.codes import threshold_logit
-from vsc_serve.preprocess import PixelSpec
+from vsc_serve.images import PixelSpec
 
 LATENT_DIM = 6
 SPEC = PixelSpec(height=4, width=4, channels=1)

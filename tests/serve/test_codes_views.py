@@ -11,8 +11,9 @@ from vsc_serve.cli.decode import decode
 from vsc_serve.cli.search import search
 from vsc_serve.codes import read_codes, write_codes
 from vsc_serve.convert import Options, plan, write_file
-from vsc_serve.encoder import EncodeOptions, Encoder
+from vsc_serve.encoder import Encoder
 from vsc_serve.errors import UsageError
+from vsc_serve.options import EncodeOptions
 
 ARCHIVE = Path(__file__).parents[1] / "data" / "archive"
 BUNDLE = ARCHIVE / "bundle-v1"

@@ -12,9 +12,9 @@ from PIL import Image, ImageDraw
 from vsc_serve.analysis.contact_sheet import TILE_PX, draw_contact_sheet
 from vsc_serve.bundle import Manifest
 from vsc_serve.codes import Codes, dense_to_csr
-from vsc_serve.encoder import Decoder
+from vsc_serve.decoder import Decoder
 from vsc_serve.errors import InputError, UsageError
-from vsc_serve.preprocess import PixelSpec
+from vsc_serve.images import PixelSpec
 
 LATENTS = 16
 NEUTRAL_GREY = (240, 240, 240)
@@ -287,7 +287,7 @@ def test_a_model_of_vectors_is_refused():
         input_dim=64,
     )
     decoder = Decoder(PixelSession((8, 8, 1)), manifest)
-    with pytest.raises(InputError, match="vectors of length 64, not pictures"):
+    with pytest.raises(InputError, match="vectors of length 64, not images"):
         draw_contact_sheet(None, codes_of({}), decoder, ids=["a"])
 
 

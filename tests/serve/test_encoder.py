@@ -15,8 +15,9 @@ from PIL import Image
 from vsc_serve import Decoder, Encoder, __version__
 from vsc_serve.bundle import ENCODER, MANIFEST, sha256
 from vsc_serve.codes import dense_to_csr, threshold_logit
-from vsc_serve.encoder import BATCH_SIZE, PLAIN, EncodeOptions
+from vsc_serve.encoder import BATCH_SIZE
 from vsc_serve.errors import BundleError, InputError, UsageError
+from vsc_serve.options import PLAIN, EncodeOptions
 
 
 class FailsOnWhite:
@@ -222,7 +223,7 @@ def test_a_model_of_vectors_takes_float32_rows_and_nothing_else(vector_encoder):
     assert vector_encoder.encode(rows).shape == (5, 16)
     with pytest.raises(InputError, match=r"takes float32 of shape \(rows, 64\), not float64 of"):
         vector_encoder.encode(rows.astype(np.float64))
-    with pytest.raises(InputError, match="encodes vectors of length 64, not pictures"):
+    with pytest.raises(InputError, match="encodes vectors of length 64, not images"):
         vector_encoder.encode(["a.png"])
     rows[3, 7] = np.nan
     with pytest.raises(InputError, match="row 3 holds values that are not finite"):

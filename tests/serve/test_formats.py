@@ -14,10 +14,9 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from vsc_serve import images
 from vsc_serve.errors import InputError
-from vsc_serve.images import read_pixels
-from vsc_serve.preprocess import PixelSpec
+from vsc_serve.images import PixelSpec, read_pixels
+from vsc_serve.images import decode as images
 
 GREY = PixelSpec(height=4, width=4, channels=1)
 RGB = PixelSpec(height=4, width=4, channels=3)

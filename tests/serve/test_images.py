@@ -15,11 +15,10 @@ import pytest
 from numpy.typing import NDArray
 from PIL import Image, ImageCms
 
-from vsc_serve import images
 from vsc_serve.errors import InputError
-from vsc_serve.images import MAX_PIXELS, decode_pixels, read_images, read_pixels
-from vsc_serve.jpeg import find_simplejpeg
-from vsc_serve.preprocess import PixelSpec
+from vsc_serve.images import MAX_PIXELS, PixelSpec, decode_pixels, read_images, read_pixels
+from vsc_serve.images import decode as images
+from vsc_serve.images.jpeg import find_simplejpeg
 from vsc_serve.sources import find_sources
 
 SPEC = PixelSpec(height=8, width=8, channels=3)

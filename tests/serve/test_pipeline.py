@@ -14,8 +14,13 @@ from PIL import Image
 
 from vsc_serve.bundle import open_bundle
 from vsc_serve.codes import read_codes
-from vsc_serve.encoder import PLAIN, EncodeOptions, Encoder
+from vsc_serve.encoder import Encoder
 from vsc_serve.errors import BundleError, InputError, Interrupted, UsageError
+from vsc_serve.executors.chunks import ChunkSize
+from vsc_serve.executors.processes import ProcessPool
+from vsc_serve.executors.read import Setup
+from vsc_serve.executors.task import Piece, Seconds
+from vsc_serve.options import PLAIN, EncodeOptions
 from vsc_serve.pipeline import (
     Batch,
     Job,
@@ -27,11 +32,7 @@ from vsc_serve.pipeline import (
     run_job,
     stream,
 )
-from vsc_serve.pipeline.chunks import ChunkSize
-from vsc_serve.pipeline.pool import ProcessPool
-from vsc_serve.pipeline.task import Piece, Seconds
-from vsc_serve.pipeline.work import Setup
-from vsc_serve.shards import Parts
+from vsc_serve.pipeline.shards import Parts
 from vsc_serve.sources import Source, find_sources
 
 HOSTILE = '''
@@ -194,17 +195,13 @@ def test_workers_start_together_when_there_is_work_for_them(tiny_bundle: Path) -
 
 
 @pytest.mark.slow
-def test_an_open_encoder_streams_like_the_command(tiny_bundle: Path, pictures: Path) -> None:
-    encoder = Encoder.open(tiny_bundle, device="cpu")
-    given = collect(encoder.stream([pictures], EncodeOptions(tau=0.3), exclude=["1*"], workers=0))
+def test_a_stream_gives_the_same_in_threads_and_in_processes(
+    tiny_bundle: Path, pictures: Path
+) -> None:
     options = EncodeOptions(tau=0.3)
+    given = collect(stream(tiny_bundle, [pictures], options, exclude=["1*"], workers=0))
     assert given == collect(stream(tiny_bundle, [pictures], options, exclude=["1*"], device="cpu"))
     assert given[0]
-
-
-def test_an_encoder_that_came_from_no_bundle_cannot_stream(fake_encoder: Encoder) -> None:
-    with pytest.raises(UsageError, match=r"Encoder\.open opened from a bundle"):
-        fake_encoder.stream(["images"])
 
 
 def test_a_stream_says_what_is_wrong_with_its_first_batch(
@@ -536,7 +533,7 @@ def test_a_chunk_that_turns_out_slow_makes_the_next_ones_small_at_once() -> None
 def test_the_default_is_one_process_for_each_usable_processor(
     tiny_bundle: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr("vsc_serve.pipeline.open.usable_cpus", lambda: 3)
+    monkeypatch.setattr("vsc_serve.executors.choose.usable_cpus", lambda: 3)
     manifest = open_bundle(tiny_bundle).manifest
     pool = open_pool(tiny_bundle, manifest, device="cpu")
     assert (pool.workers, pool.kind) == (3, "processes")

@@ -10,10 +10,11 @@ from PIL import Image
 
 from vsc_serve.codes import CodeFile, CodeRows, dense_to_csr, join_codes, read_codes
 from vsc_serve.console import Progress
-from vsc_serve.encoder import EncodeOptions, Encoder
+from vsc_serve.encoder import Encoder
 from vsc_serve.errors import InputError, UsageError
+from vsc_serve.executors.digests import KnownDigests, save_digests
+from vsc_serve.options import EncodeOptions
 from vsc_serve.pipeline import OldCodes, Outcome, Request, encode_to_file, plan
-from vsc_serve.pipeline.known import KnownDigests, save_digests
 
 
 class Silence:

@@ -7,7 +7,7 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from vsc_serve.png import read_exact_png
+from vsc_serve.images.png import read_exact_png
 
 
 def encoded(pixels: np.ndarray, **options: object) -> bytes:

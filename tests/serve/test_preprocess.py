@@ -11,7 +11,7 @@ from numpy.typing import NDArray
 from PIL import Image
 
 from vsc_serve.errors import InputError
-from vsc_serve.preprocess import PixelSpec, to_pixels
+from vsc_serve.images import PixelSpec, to_pixels
 
 GREY = PixelSpec(height=4, width=4, channels=1)
 RGB = PixelSpec(height=4, width=4, channels=3)

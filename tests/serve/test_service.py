@@ -35,8 +35,8 @@ from vsc_serve import server
 from vsc_serve.codes import codes_to_bytes, read_codes
 from vsc_serve.encoder import Encoder
 from vsc_serve.errors import UsageError
-from vsc_serve.server import serve
 from vsc_serve.service import JSON, NPZ, Limits, answers, create_app
+from vsc_serve.service.server import serve
 
 PNG = "image/png"
 
@@ -560,8 +560,8 @@ import sys, time
 import numpy as np
 from vsc_serve.bundle import Manifest
 from vsc_serve.encoder import Encoder
-from vsc_serve.preprocess import PixelSpec
-from vsc_serve.server import run
+from vsc_serve.images import PixelSpec
+from vsc_serve.service.server import run
 from vsc_serve.service import create_app
 
 class Slow:

@@ -10,7 +10,7 @@ import pytest
 
 from vsc_serve.codes import CodeRows, dense_to_csr, join_codes, read_codes, write_codes
 from vsc_serve.errors import InputError, UsageError
-from vsc_serve.shards import Fingerprint, Parts, ShardRecord
+from vsc_serve.pipeline.shards import Fingerprint, Parts, ShardRecord
 
 META = {"model": "m", "model_digest": "0", "tau": 0.5, "view": "mean"}
 

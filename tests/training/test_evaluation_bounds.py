@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from vsc_serve.errors import UsageError
-from vsc_serve.preprocess import PixelSpec
+from vsc_serve.images import PixelSpec
 from vsc_training.config import load_recipe
 from vsc_training.evaluation import bounds
 from vsc_training.evaluation.bounds import iwae, mixture_log_density

@@ -14,7 +14,7 @@ import pytest
 import torch
 
 from vsc_serve.errors import CheckFailed, DeviceError, InputError, UsageError
-from vsc_serve.preprocess import PixelSpec
+from vsc_serve.images import PixelSpec
 from vsc_training.checkpoint import CHECKPOINT, load_checkpoint, save_checkpoint, start_run
 from vsc_training.config import Recipe, load_recipe
 from vsc_training.data import Examples, load_examples

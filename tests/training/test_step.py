@@ -7,7 +7,7 @@ import pytest
 import torch
 
 from vsc_serve.errors import UsageError
-from vsc_serve.preprocess import PixelSpec
+from vsc_serve.images import PixelSpec
 from vsc_training.config import Recipe, load_recipe
 from vsc_training.data import Examples
 from vsc_training.distributed import Group

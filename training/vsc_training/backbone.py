@@ -22,7 +22,7 @@ from numpy.typing import NDArray
 
 from vsc_serve.bundle import sha256
 from vsc_serve.errors import InputError, UsageError
-from vsc_serve.preprocess import PixelSpec
+from vsc_serve.images import PixelSpec
 from vsc_serve.session import Device, OnnxSession, Port, open_session
 
 Layout = Literal["NCHW", "NHWC"]

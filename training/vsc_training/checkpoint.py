@@ -28,7 +28,7 @@ from torch import Tensor
 
 from vsc_serve.atomic import atomic_file
 from vsc_serve.errors import InputError, UsageError
-from vsc_serve.preprocess import PixelSpec
+from vsc_serve.images import PixelSpec
 from vsc_training.backbone import BackboneSpec
 from vsc_training.config import Recipe, recipe_from
 from vsc_training.data import Examples

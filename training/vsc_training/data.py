@@ -1,8 +1,8 @@
 """Read training data into one array: a folder of pictures, or pixels or vectors in npz or npy.
 
-Pictures go through `vsc_serve.preprocess.to_pixels`, the function that serves them later. Whether
-an example is for training or validation depends on its content alone, so copies of a picture never
-lie on both sides.
+Images go through `vsc_serve.images.to_pixels`, the function that serves them later. Whether an
+example is for training or validation depends on its content alone, so copies of an image never lie
+on both sides.
 """
 
 import hashlib
@@ -17,11 +17,10 @@ import numpy as np
 from numpy.typing import NDArray
 from PIL import UnidentifiedImageError
 
-from vsc_serve.arrays import SUFFIXES, read_rows
 from vsc_serve.errors import InputError, UsageError
-from vsc_serve.images import BadImage, open_image, read_images
-from vsc_serve.preprocess import PixelSpec
+from vsc_serve.images import BadImage, PixelSpec, open_image, read_images
 from vsc_serve.sources import Source, find_sources, is_junk
+from vsc_serve.sources.arrays import SUFFIXES, read_rows
 from vsc_training.backbone import Backbone
 from vsc_training.model import DataSpec
 

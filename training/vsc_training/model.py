@@ -8,7 +8,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from vsc_serve.preprocess import PixelSpec
+from vsc_serve.images import PixelSpec
 from vsc_training.backbone import BackboneSpec
 from vsc_training.config import Recipe
 from vsc_training.networks import (

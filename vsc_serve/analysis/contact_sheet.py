@@ -12,8 +12,9 @@ import numpy as np
 from numpy.typing import NDArray
 from PIL import Image, ImageDraw, ImageFont
 
+from vsc_serve.bundle import image_spec
 from vsc_serve.codes import Codes, dense_to_csr
-from vsc_serve.encoder import Decoder, image_spec
+from vsc_serve.decoder import Decoder
 from vsc_serve.errors import UsageError
 
 TILE_PX: Final = 96

@@ -10,9 +10,9 @@ from PIL import Image
 
 from vsc_serve.analysis.contact_sheet import draw_contact_sheet
 from vsc_serve.atomic import atomic_file, atomic_folder
-from vsc_serve.bundle import Manifest
+from vsc_serve.bundle import Manifest, image_spec
 from vsc_serve.codes import CodeFile
-from vsc_serve.encoder import Decoder, image_spec
+from vsc_serve.decoder import Decoder
 from vsc_serve.errors import InputError
 from vsc_serve.images import read_pixels
 

@@ -38,7 +38,7 @@ def decode(
     """Draw what codes say: reconstructions, or a contact sheet."""
     from vsc_serve.atomic import refuse_existing
     from vsc_serve.codes import read_codes
-    from vsc_serve.encoder import Decoder
+    from vsc_serve.decoder import Decoder
 
     if out is None and sheet is None:
         raise UsageError("nothing to do: give --out DIR, --sheet FILE.png, or both")
@@ -65,7 +65,7 @@ def decode(
 
 def _refuse_other_values(stored: "CodeFile") -> None:
     """Raise UsageError for values that are no slab means: a decoder would draw nonsense."""
-    from vsc_serve.encoder import EncodeOptions
+    from vsc_serve.options import EncodeOptions
 
     view = EncodeOptions.of_codes(stored.meta).view
     if view != "mean":

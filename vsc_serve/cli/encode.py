@@ -81,7 +81,7 @@ def encode(
 ) -> None:
     """Encode images into a file of sparse codes."""
     from vsc_serve.atomic import refuse_existing
-    from vsc_serve.encoder import EncodeOptions
+    from vsc_serve.options import EncodeOptions
     from vsc_serve.pipeline import Request
 
     if not dry_run:

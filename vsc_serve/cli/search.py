@@ -72,7 +72,8 @@ def _query_code(stored: "CodeFile", like: str, model: Path | None, device: str) 
         return stored.codes[[stored.ids.index(like)]]
     if not path.exists():
         raise UsageError(f"--like {like}: no such file, and no row has that id")
-    from vsc_serve.encoder import EncodeOptions, Encoder
+    from vsc_serve.encoder import Encoder
+    from vsc_serve.options import EncodeOptions
 
     options = EncodeOptions.of_codes(stored.meta)
     bundle = find_model(model)

@@ -19,8 +19,8 @@ def serve(
 ) -> None:
     """Serve a model over HTTP until SIGTERM."""
     require_extra("serve", "fastapi", "uvicorn", "python_multipart")
-    from vsc_serve.server import serve as run_service
     from vsc_serve.service import Limits
+    from vsc_serve.service.server import serve as run_service
 
     limits = Limits(max_body_bytes=max_body_mb * 1_000_000, max_rows=max_rows)
     run_service(find_model(model), host=host, port=port, device=check_device(device), limits=limits)

@@ -4,16 +4,16 @@
 it, in shards that a later run finds again; `stream` hands codes to a program instead.
 """
 
-from vsc_serve.pipeline.figures import Figures
-from vsc_serve.pipeline.machine import usable_cpus
-from vsc_serve.pipeline.open import open_pool
-from vsc_serve.pipeline.request import Request, Scan, encode_to_file, plan
+from vsc_serve.codes.statistics import Figures
+from vsc_serve.cpus import usable_cpus
+from vsc_serve.executors.choose import open_pool
+from vsc_serve.executors.read import Work
+from vsc_serve.executors.task import Pool, Seconds
+from vsc_serve.executors.threads import ArrayLoop, Row, ThreadPool
+from vsc_serve.pipeline.job import Request, Scan, encode_to_file, plan
 from vsc_serve.pipeline.run import Job, Outcome, errors_path, run_job
-from vsc_serve.pipeline.streams import Batch, batches, stream
-from vsc_serve.pipeline.task import Pool, Seconds
-from vsc_serve.pipeline.threads import ArrayLoop, Row, ThreadPool
+from vsc_serve.pipeline.streaming import Batch, batches, stream
 from vsc_serve.pipeline.update import OldCodes, open_old
-from vsc_serve.pipeline.work import Work
 
 __all__ = [
     "ArrayLoop",

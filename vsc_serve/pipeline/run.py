@@ -11,14 +11,14 @@ from typing import Any, Final, NamedTuple, TypeAlias
 
 from vsc_serve.atomic import atomic_file
 from vsc_serve.codes import CodeRows, join_codes, stack_rows
+from vsc_serve.codes.statistics import Figures
 from vsc_serve.console import Progress
 from vsc_serve.errors import InputError, Interrupted
-from vsc_serve.pipeline.chunks import ChunkSize
-from vsc_serve.pipeline.figures import Figures
-from vsc_serve.pipeline.task import Chunk, Piece, Pool, Seconds
+from vsc_serve.executors.chunks import ChunkSize
+from vsc_serve.executors.read import stamp_of
+from vsc_serve.executors.task import Chunk, Piece, Pool, Seconds
+from vsc_serve.pipeline.shards import SHARD_ROWS, Fingerprint, Parts, ShardRecord
 from vsc_serve.pipeline.update import OldCodes
-from vsc_serve.pipeline.work import stamp_of
-from vsc_serve.shards import SHARD_ROWS, Fingerprint, Parts, ShardRecord
 from vsc_serve.sources import Source
 
 _ERRORS: Final = "errors.jsonl"

@@ -8,8 +8,8 @@ import numpy as np
 from numpy.typing import NDArray
 
 from vsc_serve.codes import CodeFile, CodeRows, build_csr, read_codes, stack_rows
-from vsc_serve.encoder import EncodeOptions
-from vsc_serve.pipeline.known import save_digests
+from vsc_serve.executors.digests import save_digests
+from vsc_serve.options import EncodeOptions
 
 _SAME: Final = ("model_digest", "tau", "view", "max_active", "engine")
 

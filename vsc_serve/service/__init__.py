@@ -1,7 +1,7 @@
 """The HTTP service: pictures or vectors in, sparse codes out.
 
-`create_app` makes the routes around one open encoder; `vsc_serve.server` runs it. docs/service.md
-shows every route.
+`create_app` makes the routes around one open encoder; `vsc_serve.service.server` runs it.
+docs/service.md shows every route.
 
 The event loop only reads requests and writes answers, so liveness never waits for work: decoding,
 encoding and formatting happen in a bounded number of worker threads.

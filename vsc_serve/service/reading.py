@@ -11,11 +11,9 @@ from numpy.typing import NDArray
 from starlette.datastructures import Headers, UploadFile
 from starlette.formparsers import MultiPartException, MultiPartParser
 
-from vsc_serve.bundle import Manifest
-from vsc_serve.encoder import image_spec
+from vsc_serve.bundle import Manifest, image_spec
 from vsc_serve.errors import InputError
-from vsc_serve.images import BadImage, read_pixels
-from vsc_serve.preprocess import PixelSpec
+from vsc_serve.images import BadImage, PixelSpec, read_pixels
 from vsc_serve.service.media import JSON, MULTIPART, RAW
 from vsc_serve.service.state import Limits, Service
 

@@ -43,7 +43,7 @@ def is_image_name(name: str) -> bool:
 
 
 def is_array(path: str) -> bool:
-    """Tell whether an input is a numpy file of rows, which `vsc_serve.arrays` reads."""
+    """Tell whether an input is a numpy file of rows, which `vsc_serve.sources.arrays` reads."""
     return path.endswith((".npy", ".npz"))
 
 

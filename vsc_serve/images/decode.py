@@ -15,9 +15,9 @@ from numpy.typing import NDArray
 from PIL import Image, UnidentifiedImageError
 
 from vsc_serve.errors import InputError
-from vsc_serve.jpeg import decode_jpeg, read_plain_header
-from vsc_serve.png import read_exact_png, read_plain_png
-from vsc_serve.preprocess import (
+from vsc_serve.images.jpeg import decode_jpeg, read_plain_header
+from vsc_serve.images.png import read_exact_png, read_plain_png
+from vsc_serve.images.preprocess import (
     PixelSpec,
     fit_pixels,
     is_jpeg,

@@ -5,7 +5,7 @@ from collections.abc import Iterator
 from itertools import islice
 from typing import Final
 
-from vsc_serve.pipeline.task import CHUNK, Chunk, Piece
+from vsc_serve.executors.task import CHUNK, Chunk, Piece
 from vsc_serve.sources import Source
 
 _SMALLEST: Final = 8

@@ -24,8 +24,8 @@ import numpy as np
 from numpy.typing import NDArray
 
 from vsc_serve.errors import VscError
-from vsc_serve.pipeline.task import Piece, Task, pack
-from vsc_serve.pipeline.work import PixelSetup, Setup
+from vsc_serve.executors.read import PixelSetup, Setup
+from vsc_serve.executors.task import Piece, Task, pack
 
 PULSE_BYTES: Final = 8
 _GOODBYE_S: Final = 2.0
@@ -189,7 +189,7 @@ def _start(channel: int, shared: int) -> "subprocess.Popen[bytes]":
     """Start the process with the parent's import path, outside the terminal's process group."""
     script = (
         f"import sys; sys.path[:] = {sys.path!r};"
-        f" from vsc_serve.pipeline.child import main; main({channel}, {shared})"
+        f" from vsc_serve.executors.worker_main import main; main({channel}, {shared})"
     )
     return subprocess.Popen(
         [sys.executable, "-c", script],

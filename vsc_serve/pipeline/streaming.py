@@ -7,10 +7,10 @@ from typing import NamedTuple
 
 from vsc_serve.bundle import open_bundle
 from vsc_serve.codes import CodeRows
-from vsc_serve.encoder import PLAIN, EncodeOptions
-from vsc_serve.pipeline.chunks import ChunkSize
-from vsc_serve.pipeline.open import open_pool
-from vsc_serve.pipeline.task import Chunk, Pool
+from vsc_serve.executors.choose import open_pool
+from vsc_serve.executors.chunks import ChunkSize
+from vsc_serve.executors.task import Chunk, Pool
+from vsc_serve.options import PLAIN, EncodeOptions
 from vsc_serve.session import Device
 from vsc_serve.sources import Ids, Source, find_sources
 

@@ -5,19 +5,20 @@ import os
 from pathlib import Path
 
 from vsc_serve.bundle import Manifest
-from vsc_serve.encoder import PLAIN, EncodeOptions, Encoder
+from vsc_serve.cpus import usable_cpus
+from vsc_serve.encoder import Encoder
 from vsc_serve.errors import DeviceError, UsageError
-from vsc_serve.pipeline.device import (
+from vsc_serve.executors.gpu import (
     DevicePool,
     compacts_on_device,
     open_encoders,
     read_setup,
 )
-from vsc_serve.pipeline.machine import usable_cpus
-from vsc_serve.pipeline.pool import ProcessPool
-from vsc_serve.pipeline.task import Pool
-from vsc_serve.pipeline.threads import ThreadPool
-from vsc_serve.pipeline.work import Setup, Work
+from vsc_serve.executors.processes import ProcessPool
+from vsc_serve.executors.read import Setup, Work
+from vsc_serve.executors.task import Pool
+from vsc_serve.executors.threads import ThreadPool
+from vsc_serve.options import PLAIN, EncodeOptions
 from vsc_serve.session import Device, cuda_count, cuda_is_there
 
 logger = logging.getLogger(__name__)

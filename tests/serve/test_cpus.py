@@ -4,8 +4,8 @@ from pathlib import Path
 
 import pytest
 
+from vsc_serve.cpus import cgroup_quota, usable_cpus
 from vsc_serve.pipeline import machine
-from vsc_serve.pipeline.machine import cgroup_quota, usable_cpus
 
 
 @pytest.mark.parametrize(

@@ -12,9 +12,9 @@ from time import perf_counter
 from typing import TypeAlias
 
 from vsc_serve.errors import VscError
-from vsc_serve.pipeline.channel import PULSE_BYTES, Failed, Pulse, Ready
-from vsc_serve.pipeline.task import PathTask, Piece, Task
-from vsc_serve.pipeline.work import PixelSetup, PixelWork, Setup, Work
+from vsc_serve.executors.read import PixelSetup, PixelWork, Setup, Work
+from vsc_serve.executors.task import PathTask, Piece, Task
+from vsc_serve.executors.worker_process import PULSE_BYTES, Failed, Pulse, Ready
 
 _Message: TypeAlias = tuple[Task | PathTask, int | None]
 _Run: TypeAlias = Callable[[Task, int | None], Piece]

@@ -10,9 +10,10 @@ from typing import Any, Final, NamedTuple, Self
 import numpy as np
 from numpy.typing import NDArray
 
-from vsc_serve.encoder import EncodeOptions, Encoder
-from vsc_serve.pipeline.task import CHUNK, Chunk, Piece, Seconds, Task
-from vsc_serve.pipeline.work import Work
+from vsc_serve.encoder import Encoder
+from vsc_serve.executors.read import Work
+from vsc_serve.executors.task import CHUNK, Chunk, Piece, Seconds, Task
+from vsc_serve.options import EncodeOptions
 
 _TASKS_AHEAD: Final = 2
 """Chunks per thread that may be read before they are wanted: bounds the memory."""

@@ -8,21 +8,22 @@ from itertools import chain, islice
 from pathlib import Path
 from typing import Any, Final
 
-from vsc_serve.arrays import SUFFIXES, read_rows
 from vsc_serve.bundle import Manifest, open_bundle
 from vsc_serve.console import Progress
-from vsc_serve.encoder import PLAIN, EncodeOptions, Encoder
+from vsc_serve.encoder import Encoder
 from vsc_serve.errors import UsageError
-from vsc_serve.pipeline.chunks import FIRST
-from vsc_serve.pipeline.open import open_pool
+from vsc_serve.executors.choose import open_pool
+from vsc_serve.executors.chunks import FIRST
+from vsc_serve.executors.read import stamp_of
+from vsc_serve.executors.task import Pool
+from vsc_serve.executors.threads import ArrayLoop, Row
+from vsc_serve.options import PLAIN, EncodeOptions
 from vsc_serve.pipeline.run import Convert, Job, Outcome, count_finished, run_job
-from vsc_serve.pipeline.task import Pool
-from vsc_serve.pipeline.threads import ArrayLoop, Row
+from vsc_serve.pipeline.shards import SHARD_ROWS, Parts
 from vsc_serve.pipeline.update import OldCodes, open_old
-from vsc_serve.pipeline.work import stamp_of
 from vsc_serve.session import Device
-from vsc_serve.shards import SHARD_ROWS, Parts
 from vsc_serve.sources import FileSource, Ids, Source, find_sources
+from vsc_serve.sources.arrays import SUFFIXES, read_rows
 
 FILE_SUFFIXES: Final = (".npz", ".parquet")
 """Endings of outputs that are one file."""

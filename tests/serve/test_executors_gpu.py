@@ -12,11 +12,12 @@ from PIL import Image
 
 from vsc_export.compaction import csr_graph
 from vsc_serve.bundle import ENCODER, ENCODER_CSR, Manifest, open_bundle
-from vsc_serve.encoder import EncodeOptions, Encoder
+from vsc_serve.encoder import Encoder
 from vsc_serve.errors import InputError
+from vsc_serve.executors.gpu import CompactEncoder, DevicePool, Encode, read_setup
+from vsc_serve.executors.processes import ProcessPool
+from vsc_serve.options import EncodeOptions
 from vsc_serve.pipeline import batches, stream
-from vsc_serve.pipeline.device import CompactEncoder, DevicePool, Encode, read_setup
-from vsc_serve.pipeline.pool import ProcessPool
 from vsc_serve.session import BoundSession, open_session, pin_memory
 from vsc_serve.sources import Source, find_sources
 

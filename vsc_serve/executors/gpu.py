@@ -16,13 +16,14 @@ from typing import Any, Final, Self, TypeAlias
 import numpy as np
 from numpy.typing import NDArray
 
-from vsc_serve.bundle import ENCODER, ENCODER_CSR, Manifest
+from vsc_serve.bundle import ENCODER, ENCODER_CSR, Manifest, image_spec
 from vsc_serve.codes import CodeRows, build_csr, stack_rows, threshold_logit
-from vsc_serve.encoder import BATCH_SIZE, PLAIN, EncodeOptions, Encoder, image_spec
+from vsc_serve.encoder import BATCH_SIZE, Encoder
 from vsc_serve.errors import InputError
-from vsc_serve.pipeline.pool import TASKS_AHEAD, ProcessPool
-from vsc_serve.pipeline.task import Chunk, Piece, encode_piece
-from vsc_serve.pipeline.work import PixelSetup, no_rows
+from vsc_serve.executors.processes import TASKS_AHEAD, ProcessPool
+from vsc_serve.executors.read import PixelSetup, no_rows
+from vsc_serve.executors.task import Chunk, Piece, encode_piece
+from vsc_serve.options import PLAIN, EncodeOptions
 from vsc_serve.session import BoundSession, Device, open_session
 
 Encode: TypeAlias = Callable[[NDArray[np.uint8]], CodeRows]

@@ -13,10 +13,10 @@ from types import TracebackType
 from typing import Any, Final, Self, cast
 
 from vsc_serve.errors import DeviceError, VscError
-from vsc_serve.pipeline.channel import Failed, Ready, Worker
-from vsc_serve.pipeline.chunks import FIRST
-from vsc_serve.pipeline.task import CHUNK, Bad, Chunk, Piece, Task, merge_pieces
-from vsc_serve.pipeline.work import PixelSetup, Setup, stamp_of
+from vsc_serve.executors.chunks import FIRST
+from vsc_serve.executors.read import PixelSetup, Setup, stamp_of
+from vsc_serve.executors.task import CHUNK, Bad, Chunk, Piece, Task, merge_pieces
+from vsc_serve.executors.worker_process import Failed, Ready, Worker
 
 IMAGE_LIMIT_S: Final = 120.0
 """Seconds a worker may spend on one image."""

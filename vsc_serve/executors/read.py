@@ -13,13 +13,14 @@ from typing import Any, Final
 import numpy as np
 from numpy.typing import NDArray
 
+from vsc_serve.bundle import image_spec
 from vsc_serve.codes import CodeRows, dense_to_csr
-from vsc_serve.encoder import EncodeOptions, Encoder, image_spec
+from vsc_serve.encoder import Encoder
 from vsc_serve.errors import InputError
-from vsc_serve.images import read_pixels
-from vsc_serve.pipeline.known import KnownDigests
-from vsc_serve.pipeline.task import Bad, Piece, Seconds, Task, encode_piece
-from vsc_serve.preprocess import PixelSpec
+from vsc_serve.executors.digests import KnownDigests
+from vsc_serve.executors.task import Bad, Piece, Seconds, Task, encode_piece
+from vsc_serve.images import PixelSpec, read_pixels
+from vsc_serve.options import EncodeOptions
 from vsc_serve.sources import FileSource, Source
 from vsc_serve.sources.base import read_with_status
 
