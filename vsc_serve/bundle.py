@@ -7,12 +7,14 @@ format.
 
 import hashlib
 import json
+from collections.abc import Sequence
 from dataclasses import asdict, dataclass, field, fields
 from pathlib import Path
 from typing import Any, Final, Literal, TypeAlias, get_args
 
 from vsc_serve.errors import BundleError, InputError
 from vsc_serve.images import PixelSpec
+from vsc_serve.outputs import FolderKind
 
 FORMAT: Final = 1
 """Newest bundle format this version reads and writes."""
@@ -159,6 +161,17 @@ class Manifest:
             return cls(**{name: stored[name] for name in names})
         except (ValueError, KeyError, TypeError, AttributeError) as error:
             raise BundleError(f"{path}: damaged manifest ({error!r}). Export again.") from error
+
+
+def _bundle_files(stored: dict[str, Any]) -> Sequence[str] | None:
+    """Return the files that a manifest lists; None where it is no bundle's."""
+    files = stored.get("files")
+    return list(files) if isinstance(files, dict) and ENCODER in files else None
+
+
+BUNDLE_FOLDER: Final = FolderKind(
+    name="a model bundle", markers=(MANIFEST,), contents=_bundle_files
+)
 
 
 @dataclass(frozen=True)

@@ -36,7 +36,7 @@ from vsc_export.write import (
     save_graphs,
 )
 from vsc_serve.atomic import atomic_folder
-from vsc_serve.bundle import DECODER, ENCODER, ENCODER_CSR, ENCODER_TOPK, MANIFEST
+from vsc_serve.bundle import BUNDLE_FOLDER, DECODER, ENCODER, ENCODER_CSR, ENCODER_TOPK, MANIFEST
 from vsc_serve.codes import dense_to_csr
 from vsc_serve.errors import ExportError, UsageError
 from vsc_serve.images import PixelSpec
@@ -161,7 +161,7 @@ def _join(
     manifest, spec, model = vectors.manifest, backbone.spec, checkpoint.build_model()
     pictures = _pictures(checkpoint, run, spec.pixel_spec)
     facts = _facts(model, spec, manifest.name, manifest.tau)
-    with atomic_folder(out) as folder:
+    with atomic_folder(out, BUNDLE_FOLDER) as folder:
         encoder = onnx.load(vectors.path / ENCODER)
         joined = join_graphs(_at_opset(graph, manifest.opset), spec, encoder)
         decoder = onnx.load(vectors.path / DECODER)

@@ -60,12 +60,15 @@ def export(
     require_extra("export", "torch", "onnx", "onnxscript")
     from vsc_export.dial import parse_goal
     from vsc_export.precision import parse_precision
+    from vsc_export.triton import REPOSITORY
     from vsc_export.write import export_bundle
-    from vsc_serve.atomic import refuse_existing
+    from vsc_serve.bundle import BUNDLE_FOLDER
+    from vsc_serve.outputs import check_output
 
-    for path in (out, triton):
-        if path is not None:
-            refuse_existing(path, force=force)
+    given = [path for path in (run, calibration, backbone, about) if path is not None]
+    check_output(out, BUNDLE_FOLDER, force=force, inputs=given)
+    if triton is not None:
+        check_output(triton, REPOSITORY, force=force, inputs=[*given, out])
     options: dict[str, Any] = {
         "tau": _chosen_tau(tau, calibrate_tau),
         "name": name,
@@ -107,9 +110,10 @@ def write_triton(
     force: Annotated[bool, typer.Option("--force", help="Replace the repository.")] = False,
 ) -> None:
     """Write a bundle as a model repository for Triton Inference Server."""
-    from vsc_serve.atomic import refuse_existing
+    from vsc_export.triton import REPOSITORY
+    from vsc_serve.outputs import check_output
 
-    refuse_existing(out, force=force)
+    check_output(out, REPOSITORY, force=force, inputs=[model])
     _write_triton(model, out)
 
 

@@ -3,8 +3,8 @@
 Every step is the real command in a process of its own, so what the demo shows is what a user gets.
 """
 
+import os
 import shlex
-import shutil
 import subprocess
 import sys
 import time
@@ -12,7 +12,8 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Final, NamedTuple
 
-from vsc_serve.atomic import refuse_existing
+from vsc_serve.bundle import BUNDLE_FOLDER
+from vsc_serve.codes import CODES_FILE, ERROR_FILE
 from vsc_serve.console import require_extra
 from vsc_serve.errors import (
     BundleError,
@@ -24,6 +25,9 @@ from vsc_serve.errors import (
     UsageError,
     VscError,
 )
+from vsc_serve.outputs import PNG, check_output, marked, remove_folder, write_marker
+from vsc_training.checkpoint import RUN_FOLDER
+from vsc_training.smiley import FOLDER as SMILEY_FOLDER
 
 IMAGE_COUNT: Final = 4000
 """Faces that the demo makes."""
@@ -33,7 +37,12 @@ STEPS: Final = 2000
 
 _NEEDS: Final = ("torch", "safetensors", "tensorboard", "onnx", "onnxscript", "onnxruntime")
 
-_MADE: Final = ("smiley", "run", "model", "codes.npz", "codes.errors.jsonl", "sheet.png")
+_KIND: Final = "demo"
+
+FOLDER: Final = marked("a folder of the demo", _KIND, "*")
+
+_FOLDERS: Final = {"smiley": SMILEY_FOLDER, "run": RUN_FOLDER, "model": BUNDLE_FOLDER}
+_FILES: Final = {"codes.npz": CODES_FILE, "codes.errors.jsonl": ERROR_FILE, "sheet.png": PNG}
 """What the demo leaves in its folder, and all that `force` removes from it."""
 
 _BY_EXIT_CODE: Final[dict[int, type[VscError]]] = {
@@ -92,9 +101,10 @@ def run_demo(
         VscError: A command failed; the error has its exit code.
     """
     require_extra("export,cpu", *_NEEDS)
-    refuse_existing(out, force=force)
-    if out.is_dir():
-        _clear(out)
+    check_output(out, FOLDER, force=force)
+    _clear(out)
+    out.mkdir(parents=True, exist_ok=True)
+    write_marker(out, _KIND)
     began = time.monotonic()
     chosen = plan(out, count=count, steps=steps, seed=seed)
     for number, step in enumerate(chosen, start=1):
@@ -137,11 +147,12 @@ def plan(out: Path, *, count: int, steps: int, seed: int) -> list[Step]:
 
 def _clear(out: Path) -> None:
     """Remove what an earlier demo left in `out`, and nothing else that may lie there."""
-    for path in (out / name for name in _MADE):
-        if path.is_dir() and not path.is_symlink():
-            shutil.rmtree(path)
-        else:
-            path.unlink(missing_ok=True)
+    for name, folder_kind in _FOLDERS.items():
+        remove_folder(out / name, folder_kind)
+    for name, file_kind in _FILES.items():
+        if os.path.lexists(out / name):
+            check_output(out / name, file_kind, force=True)
+            (out / name).unlink()
 
 
 def _run(step: Step, position: str, out: Path) -> None:

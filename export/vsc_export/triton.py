@@ -18,6 +18,7 @@ from typing import Final, NamedTuple
 
 from vsc_serve.atomic import atomic_folder
 from vsc_serve.bundle import ENCODER, ENCODER_TOPK, Bundle, Manifest, open_bundle
+from vsc_serve.outputs import marked, write_marker
 
 MAX_BATCH_SIZE: Final = 256
 """Rows that the server puts into one run."""
@@ -27,6 +28,12 @@ VERSION: Final = "1"
 
 _DATA_TYPES: Final = {"uint8": "TYPE_UINT8", "float32": "TYPE_FP32", "int32": "TYPE_INT32"}
 _ANY: Final = -1
+_KIND: Final = "triton"
+
+REPOSITORY: Final = marked(
+    "a Triton model repository", _KIND, *(f"*/{name}" for name in ("config.pbtxt", f"{VERSION}/*"))
+)
+"""What `write_repository` writes."""
 
 
 class TensorConfig(NamedTuple):
@@ -54,12 +61,14 @@ def write_repository(bundle: Path, out: Path) -> list[str]:
     """
     opened = open_bundle(bundle)
     name = model_name(opened.manifest)
-    with atomic_folder(out) as repository:
+    with atomic_folder(out, REPOSITORY) as repository:
         _write_onnx_model(repository / name, opened, ENCODER)
         if ENCODER_TOPK in opened.manifest.files:
             _write_onnx_model(repository / f"{name}_topk", opened, ENCODER_TOPK)
         _write_python_model(repository / f"{name}_sparse", opened)
-        return sorted(path.name for path in repository.iterdir())
+        names = sorted(path.name for path in repository.iterdir())
+        write_marker(repository, _KIND)  # a file here is no model to the server
+        return names
 
 
 def model_name(manifest: Manifest) -> str:

@@ -24,6 +24,7 @@ from vsc_export.topk import Overflow, add_topk
 from vsc_export.verify import Parity, measure_parity, require_parity
 from vsc_serve.atomic import atomic_folder
 from vsc_serve.bundle import (
+    BUNDLE_FOLDER,
     DECODER,
     ENCODER,
     ENCODER_CSR,
@@ -110,7 +111,7 @@ def export_bundle(
     if active is not None:
         tau = calibrate_tau(exact_codes(model, measured.rows, tau).spike_logit, active)
     facts = describe_model(model, name or checkpoint.state.name, tau, precision)
-    with atomic_folder(out) as folder:
+    with atomic_folder(out, BUNDLE_FOLDER) as folder:
         encoder = encoder_in(precision, model, tau, opset, measured.rows)
         graphs = save_graphs(encoder, decoder_graph(model, opset), folder, facts)
         check_shapes(model, folder)

@@ -139,7 +139,11 @@ def test_an_out_that_exists_is_kept_unless_forced(
     out.write_text("precious")
     result = vsc("encode", grey_folder, "--out", out, "--model", tiny_bundle)
     assert_fails(result, 2, "exists already.*--force")
+    result = vsc("encode", grey_folder, "--out", out, "--model", tiny_bundle, "--force")
+    assert_fails(result, 2, "not a file of codes.*nothing was deleted")
     assert out.read_text() == "precious"
+    out.unlink()
+    assert vsc("encode", grey_folder, "--out", out, "--model", tiny_bundle).code == 0
     assert vsc("encode", grey_folder, "--out", out, "--model", tiny_bundle, "--force").code == 0
     assert read_codes(out).codes.shape[0] == 200
 

@@ -80,7 +80,7 @@ def test_every_command_reads_what_an_earlier_one_made(tmp_path):
         read = named - target
         assert all(any(path.startswith(one) for one in made) for path in read), step
         made |= target
-    assert {Path(path).name for path in made} < set(demo._MADE)
+    assert {Path(path).name for path in made} < {*demo._FOLDERS, *demo._FILES}
 
 
 def test_a_path_with_a_space_stays_one_word(tmp_path):
@@ -129,17 +129,25 @@ def test_only_the_commands_go_to_stdout(tmp_path, monkeypatch, capfd):
 
 
 def test_a_folder_that_is_there_is_refused(tmp_path):
+    (tmp_path / "thesis.tex").write_text("precious")
     with pytest.raises(UsageError, match="exists already"):
         run_demo(tmp_path)
+    (tmp_path / "run").mkdir()
+    (tmp_path / "run" / "precious").touch()
+    with pytest.raises(UsageError, match="not a folder of the demo that vsc wrote"):
+        run_demo(tmp_path, force=True)
+    assert (tmp_path / "run" / "precious").exists()
 
 
 def test_force_removes_what_a_demo_made_and_leaves_the_rest(tmp_path, monkeypatch):
     monkeypatch.setattr(demo, "plan", lambda *_args, **_kwargs: [])
-    (tmp_path / "run" / "tensorboard").mkdir(parents=True)
-    for name in ("codes.npz", "sheet.png", "thesis.tex"):
-        (tmp_path / name).write_text("kept?")
-    run_demo(tmp_path, force=True)
-    assert [path.name for path in tmp_path.iterdir()] == ["thesis.tex"]
+    run_demo(tmp_path / "demo")
+    (tmp_path / "demo" / "run" / "tensorboard").mkdir(parents=True)
+    (tmp_path / "demo" / "sheet.png").write_bytes(b"\x89PNG\r\n\x1a\n")
+    (tmp_path / "demo" / "thesis.tex").write_text("kept?")
+    run_demo(tmp_path / "demo", force=True)
+    kept = sorted(path.name for path in (tmp_path / "demo").iterdir())
+    assert kept == [".vsc-serve.json", "thesis.tex"]
 
 
 def test_a_missing_package_is_one_line_with_the_install_command(tmp_path, monkeypatch):

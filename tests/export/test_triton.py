@@ -68,7 +68,7 @@ def parse_config(path: Path) -> Any:
 
 
 def test_every_config_is_what_tritons_schema_allows(repository: Path) -> None:
-    for folder in repository.iterdir():
+    for folder in filter(Path.is_dir, repository.iterdir()):
         config = parse_config(folder / "config.pbtxt")
         assert config.name == folder.name
         assert config.max_batch_size == MAX_BATCH_SIZE
@@ -89,7 +89,7 @@ def test_the_schema_check_sees_a_field_that_does_not_exist(
 
 def test_the_onnx_config_names_what_the_graph_has(repository: Path) -> None:
     """Tritons onnxruntime backend refuses other names, types, shapes, or another input count."""
-    for folder in repository.iterdir():
+    for folder in filter(Path.is_dir, repository.iterdir()):
         config = parse_config(folder / "config.pbtxt")
         if config.backend != "onnxruntime":
             continue

@@ -7,8 +7,11 @@ from pathlib import Path
 
 import pytest
 
-from vsc_serve.atomic import atomic_file, atomic_folder, refuse_existing
+from vsc_serve.atomic import atomic_file, atomic_folder, name_beside
 from vsc_serve.errors import InputError, UsageError
+from vsc_serve.outputs import FolderKind, write_marker
+
+KIND = FolderKind(name="a folder of the test", contents=lambda stored: ("*",))
 
 
 def disk_full(*_args, **_options):
@@ -23,7 +26,8 @@ def write_file(path: Path, content: bytes, failure: BaseException | None = None)
 
 
 def write_folder(path: Path, name: str, failure: BaseException | None = None) -> None:
-    with atomic_folder(path) as folder:
+    with atomic_folder(path, KIND) as folder:
+        write_marker(folder, "test")
         (folder / name).write_bytes(b"content")
         assert not (path / name).exists()
         if failure:
@@ -31,7 +35,7 @@ def write_folder(path: Path, name: str, failure: BaseException | None = None) ->
 
 
 def names(folder: Path) -> list[str]:
-    return sorted(path.name for path in folder.iterdir())
+    return sorted(path.name for path in folder.iterdir() if path.name != ".vsc-serve.json")
 
 
 def test_a_file_appears_when_the_block_ends_and_not_before(tmp_path):
@@ -107,14 +111,19 @@ def test_new_files_and_folders_get_the_permissions_that_the_user_chose(tmp_path)
     assert stat.S_IMODE((tmp_path / "model").stat().st_mode) == 0o750
 
 
-def test_a_folder_replaces_the_folder_or_file_that_was_there(tmp_path):
+def test_a_folder_replaces_one_of_its_kind_and_nothing_else(tmp_path):
     for name in ("first", "second"):
         write_folder(tmp_path / "model", name)
         assert names(tmp_path / "model") == [name]
-    (tmp_path / "file").write_bytes(b"")
-    write_folder(tmp_path / "file", "new")
-    assert names(tmp_path / "file") == ["new"]
-    assert names(tmp_path) == ["file", "model"]
+    (tmp_path / "file").write_bytes(b"precious")
+    (tmp_path / "photos").mkdir()
+    (tmp_path / "photos" / "a.jpg").write_bytes(b"precious")
+    for name in ("file", "photos"):
+        with pytest.raises(UsageError, match=f"{name}: .*not a folder of the test.*not replaced"):
+            write_folder(tmp_path / name, "new")
+    assert (tmp_path / "file").read_bytes() == b"precious"
+    assert names(tmp_path / "photos") == ["a.jpg"]
+    assert names(tmp_path) == ["file", "model", "photos"]
 
 
 def test_a_folder_that_cannot_be_renamed_into_place_leaves_the_old_one(tmp_path, monkeypatch):
@@ -134,26 +143,36 @@ def test_a_folder_that_cannot_be_renamed_into_place_leaves_the_old_one(tmp_path,
     assert names(path) == ["old"]
 
 
-def test_a_link_to_a_folder_is_replaced_and_what_it_leads_to_stays(tmp_path):
+def test_a_link_is_followed_and_stays(tmp_path):
     (tmp_path / "target").mkdir()
     (tmp_path / "model").symlink_to("target")
     write_folder(tmp_path / "model", "new")
-    assert not (tmp_path / "model").is_symlink()
-    assert names(tmp_path / "target") == []
-    assert names(tmp_path) == ["model", "target"]
+    (tmp_path / "codes.npz").symlink_to("elsewhere.npz")
+    write_file(tmp_path / "codes.npz", b"new")
+    assert (tmp_path / "model").is_symlink()
+    assert names(tmp_path / "target") == ["new"]
+    assert (tmp_path / "codes.npz").is_symlink()
+    assert (tmp_path / "elsewhere.npz").read_bytes() == b"new"
+    assert names(tmp_path) == ["codes.npz", "elsewhere.npz", "model", "target"]
 
 
-def test_the_current_folder_cannot_be_replaced(tmp_path, monkeypatch):
-    monkeypatch.chdir(tmp_path)
-    with pytest.raises(UsageError, match="Choose another --out"):
-        write_folder(Path(), "new")
+def test_a_pipe_or_a_device_is_never_replaced(tmp_path):
+    os.mkfifo(tmp_path / "pipe")
+    for path in (tmp_path / "pipe", Path("/dev/null")):
+        with pytest.raises(InputError, match=r"cannot be written \(a device or a pipe"):
+            write_file(path, b"x")
+    assert stat.S_ISFIFO((tmp_path / "pipe").stat().st_mode)
+    assert stat.S_ISCHR(Path("/dev/null").stat().st_mode)
 
 
-def test_what_exists_is_refused_unless_force_is_given(tmp_path):
-    (tmp_path / "dangling").symlink_to("gone")
-    (tmp_path / "file").write_bytes(b"")
-    refuse_existing(tmp_path / "new", force=False)
-    for name in ("dangling", "file"):
-        with pytest.raises(UsageError, match=f"{name}: exists already. .* with --force"):
-            refuse_existing(tmp_path / name, force=False)
-        refuse_existing(tmp_path / name, force=True)
+def test_a_path_without_a_name_cannot_be_written(tmp_path):
+    with pytest.raises(UsageError, match="no name for an output"):
+        write_folder(Path("/"), "new")
+
+
+@pytest.mark.parametrize("letter", ["x", "\N{DUCK}"])
+def test_a_name_made_from_another_is_no_longer_than_the_other_may_be(tmp_path, letter):
+    longest = letter * (255 // len(letter.encode()))
+    made = name_beside(tmp_path / longest, ".", ".0123456789ab.tmp")
+    made.write_bytes(b"")
+    assert made != name_beside(tmp_path / (longest[:-1] + "y"), ".", ".0123456789ab.tmp")

@@ -33,7 +33,7 @@ def write(parts: Parts, number: int, count: int) -> ShardRecord:
 def parts(tmp_path: Path) -> Iterator[Parts]:
     found = Parts.beside(tmp_path / "codes.npz")
     with found.locked():
-        found.begin({"model": "m"})
+        found.begin({"model": "m", "shard_rows": 5})
         yield found
 
 
@@ -82,18 +82,19 @@ def test_a_shard_that_cannot_be_written_leaves_neither_file_nor_record(
 
 def test_the_same_run_finds_its_shards_and_another_one_discards_them(parts: Parts) -> None:
     write(parts, 0, 3)
-    assert parts.begin({"model": "m"}) == []
+    assert parts.begin({"model": "m", "shard_rows": 5}) == []
     assert parts.record(0) is not None
-    assert parts.begin({"model": "other"}) == ["model"]
+    assert parts.begin({"model": "other", "shard_rows": 5}) == ["model"]
     assert parts.record(0) is None
-    assert parts.begin({"model": "m"}) == []
+    assert parts.begin({"model": "m", "shard_rows": 5}) == []
 
 
 def test_two_runs_cannot_write_the_same_output_at_once(tmp_path: Path) -> None:
-    parts, other = Parts(tmp_path / "p"), Parts(tmp_path / "p")
+    parts, other = Parts.beside(tmp_path / "p"), Parts.beside(tmp_path / "p")
     with parts.locked(), pytest.raises(UsageError, match="another run is writing there"):
         other.locked().__enter__()
     with other.locked():
+        other.begin({"model": "m", "shard_rows": 5})
         assert other.folder.is_dir()
     assert not other.folder.exists()
 

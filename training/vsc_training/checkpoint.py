@@ -13,8 +13,8 @@ anything.
 """
 
 import json
-import shutil
 import zipfile
+from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any, Final
@@ -29,6 +29,7 @@ from torch import Tensor
 from vsc_serve.atomic import atomic_file
 from vsc_serve.errors import InputError, UsageError
 from vsc_serve.images import PixelSpec
+from vsc_serve.outputs import MARKER, FolderKind, remove_folder, write_marker
 from vsc_training.backbone import BackboneSpec
 from vsc_training.config import Recipe, recipe_from
 from vsc_training.data import Examples
@@ -40,12 +41,26 @@ RECIPE: Final = "recipe.toml"
 SUMMARY: Final = "run.json"
 LOG: Final = "log.jsonl"
 SAMPLES: Final = "samples.npz"
+ERRORS: Final = "errors.jsonl"
 SAMPLE_COUNT: Final = 512
 """Examples kept for the export's comparison."""
 
+_KIND: Final = "run"
 _WEIGHTS: Final = "weights."
 _OPTIMIZER: Final = "optimizer."
 _RANDOM: Final = "random."
+
+
+def _run_files(stored: dict[str, Any]) -> Sequence[str] | None:
+    """Return patterns of what a run folder holds; None where it is none."""
+    is_run = stored.get("kind") == _KIND or {"recipe", "step"} <= stored.keys()
+    names = (CHECKPOINT, RECIPE, SUMMARY, SAMPLES, LOG, ERRORS, "tensorboard/*")
+    return names if is_run else None
+
+
+RUN_FOLDER: Final = FolderKind(
+    name="a training run", markers=(SUMMARY, MARKER), contents=_run_files
+)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -142,16 +157,17 @@ def start_run(
     """
     if resume and (run / CHECKPOINT).is_file():
         return
-    if run.is_dir() and force:
-        shutil.rmtree(run)
+    if force:
+        remove_folder(run, RUN_FOLDER)
     run.mkdir(parents=True, exist_ok=True)
+    write_marker(run, _KIND)
     with atomic_file(run / RECIPE) as file:
         file.write(recipe.to_toml().encode())
     rows = examples.rows
     chosen = rows[:: max(1, len(rows) // SAMPLE_COUNT)][:SAMPLE_COUNT]
     save_samples(run, chosen, examples.pictures)
     if examples.bad:
-        with atomic_file(run / "errors.jsonl") as file:
+        with atomic_file(run / ERRORS) as file:
             file.writelines(
                 (json.dumps({"id": image.id, "reason": image.reason}) + "\n").encode()
                 for image in examples.bad

@@ -8,8 +8,8 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from vsc_serve.atomic import refuse_existing
 from vsc_serve.console import progress, require_extra, say
+from vsc_serve.outputs import check_output
 
 if TYPE_CHECKING:
     from vsc_training.config import Recipe
@@ -54,6 +54,7 @@ def train(
 ) -> None:
     """Fit a model to a folder of pictures or an array."""
     require_extra("train", "torch", "safetensors", "tensorboard")
+    from vsc_training.checkpoint import RUN_FOLDER
     from vsc_training.config import load_recipe
     from vsc_training.distributed import joined_group
 
@@ -63,7 +64,8 @@ def train(
     with joined_group(_device(device, threads)) as (group, own_device):
         talk = say if group.is_first else _keep_quiet
         if group.is_first and not resume:
-            refuse_existing(out, force=force)
+            read = [path for path in (data, backbone, recipe) if path is not None]
+            check_output(out, RUN_FOLDER, force=force, inputs=read)
         if backbone is None:
             examples = _load(data, size, talk)
         else:

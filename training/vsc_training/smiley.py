@@ -18,8 +18,9 @@ import numpy as np
 from numpy.typing import NDArray
 from PIL import Image
 
-from vsc_serve.atomic import atomic_folder, refuse_existing
+from vsc_serve.atomic import atomic_folder
 from vsc_serve.errors import UsageError, VscError
+from vsc_serve.outputs import check_output, marked, write_marker
 
 SIZE: Final = 32
 """Height and width of an image in pixels."""
@@ -37,6 +38,11 @@ FACTORS: Final = {
     "mouth": ("width", "height", "x", "y", "curl"),
 }
 """The attributes and their factors, in the order of the columns of `Smiley.values`."""
+
+_KIND: Final = "smiley"
+
+FOLDER: Final = marked("a folder of Smiley data", _KIND, "images/*.png", "factors.npz")
+"""What `write_folder` writes."""
 
 _CHUNK: Final = 512
 """Images drawn at a time: their masks stay in the processor's cache."""
@@ -127,7 +133,8 @@ def write_folder(smiley: Smiley, folder: Path) -> None:
     """
     ids = [f"{number:06}.png" for number in range(len(smiley.images))]
     names = factor_names()
-    with atomic_folder(folder) as new:
+    with atomic_folder(folder, FOLDER) as new:
+        write_marker(new, _KIND)
         (new / "images").mkdir()
         for name, pixels in zip(ids, smiley.images, strict=True):
             Image.fromarray(pixels).save(new / "images" / name)
@@ -152,7 +159,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     """
     given = _parser().parse_args(arguments)
     try:
-        refuse_existing(given.out, force=given.force)
+        check_output(given.out, FOLDER, force=given.force)
         write_folder(generate(given.count, given.seed), given.out)
     except VscError as error:
         sys.stderr.write(f"{error}\n")

@@ -15,8 +15,13 @@ from vsc_serve.codes import CodeFile
 from vsc_serve.decoder import Decoder
 from vsc_serve.errors import InputError
 from vsc_serve.images import read_pixels
+from vsc_serve.outputs import marked, write_marker
 
 _ROWS_AT_ONCE = 1024
+_KIND = "reconstructions"
+
+RECONSTRUCTIONS = marked("a folder of reconstructions", _KIND, "*.png")
+"""What `write_reconstructions` writes."""
 
 
 def write_reconstructions(
@@ -37,7 +42,8 @@ def write_reconstructions(
         InputError: The model does not draw pictures, or an id would lead out of the folder.
     """
     _require_pictures(decoder.manifest)
-    with atomic_folder(out) as folder:
+    with atomic_folder(out, RECONSTRUCTIONS) as folder:
+        write_marker(folder, _KIND)
         for start in range(0, len(rows), _ROWS_AT_ONCE):
             chosen = list(rows[start : start + _ROWS_AT_ONCE])
             for row, pixels in zip(

@@ -44,13 +44,12 @@ def convert(
     force: ForceOption = False,
 ) -> None:
     """Write codes in the format of another tool."""
-    from vsc_serve.atomic import refuse_existing
-    from vsc_serve.convert import Options, plan, require_lines, write_file
+    from vsc_serve.convert import Options, check_target, plan, require_lines, write_file
 
     if out == _STDOUT:
         require_lines(to)
     else:
-        refuse_existing(out, force=force)
+        check_target(to, out, codes, force=force)
     options = Options(
         sign=sign,  # type: ignore[arg-type]  # checked there
         field=field,

@@ -36,29 +36,31 @@ def decode(
     force: ForceOption = False,
 ) -> None:
     """Draw what codes say: reconstructions, or a contact sheet."""
-    from vsc_serve.atomic import refuse_existing
+    from vsc_serve.analysis.reconstruct import (
+        RECONSTRUCTIONS,
+        write_contact_sheet,
+        write_reconstructions,
+    )
     from vsc_serve.codes import read_codes
     from vsc_serve.decoder import Decoder
+    from vsc_serve.outputs import PNG, check_output
 
     if out is None and sheet is None:
         raise UsageError("nothing to do: give --out DIR, --sheet FILE.png, or both")
-    for path in (out, sheet):
+    bundle = find_model(model)
+    read = [codes, bundle, *([images] if images is not None else [])]
+    for path, kind in ((out, RECONSTRUCTIONS), (sheet, PNG)):
         if path is not None:
-            refuse_existing(path, force=force)
+            check_output(path, kind, force=force, inputs=read)
     stored = read_codes(codes)
     _refuse_other_values(stored)
     chosen = _pick_rows(stored, rows, default_count=None if sheet is None else 10)
-    bundle = find_model(model)
     decoder = Decoder.open(bundle, device=check_device(device))
     refuse_other_model(stored, decoder.manifest.digest, bundle)
     if out is not None:
-        from vsc_serve.analysis.reconstruct import write_reconstructions
-
         count = write_reconstructions(decoder, stored, rows=_pick_rows(stored, rows), out=out)
         say("wrote", f"{out}  {count} reconstructions")
     if sheet is not None:
-        from vsc_serve.analysis.reconstruct import write_contact_sheet
-
         write_contact_sheet(decoder, stored, rows=chosen, images=images, path=sheet)
         say("wrote", f"{sheet}  {len(chosen)} rows")
 

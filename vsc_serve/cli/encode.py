@@ -80,12 +80,9 @@ def encode(
     as_json: JsonOption = False,
 ) -> None:
     """Encode images into a file of sparse codes."""
-    from vsc_serve.atomic import refuse_existing
     from vsc_serve.options import EncodeOptions
     from vsc_serve.pipeline import Request
 
-    if not dry_run:
-        refuse_existing(out, force=force or update)
     request = Request(
         inputs=inputs,
         out=out,
@@ -104,6 +101,7 @@ def encode(
         compress=compress,
         fails_at_once=_one_of("on-error", on_error) == "fail",
         is_strict=strict,
+        force=force,
     )
     with ending_cleanly():
         if dry_run:

@@ -17,6 +17,7 @@ from vsc_serve.codes.folder import (
     read_parts,
 )
 from vsc_serve.codes.join import join_codes
+from vsc_serve.codes.kinds import CODES_FILE, CODES_FOLDER, ERROR_FILE, ERRORS_LIST
 from vsc_serve.codes.npz import FORMAT, CodeFile, codes_to_bytes, write_codes
 from vsc_serve.codes.rows import (
     CodeRows,
@@ -33,6 +34,10 @@ from vsc_serve.codes.rows import (
 )
 
 __all__ = [
+    "CODES_FILE",
+    "CODES_FOLDER",
+    "ERRORS_LIST",
+    "ERROR_FILE",
     "FORMAT",
     "SHARD_FORMAT",
     "SHARD_LIST",

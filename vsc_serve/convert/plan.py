@@ -9,13 +9,15 @@ from typing import BinaryIO, Final, Literal, get_args
 import numpy as np
 
 from vsc_serve.atomic import atomic_file
-from vsc_serve.codes import join_codes, part_paths, write_codes
+from vsc_serve.codes import CODES_FILE, join_codes, part_paths, write_codes
 from vsc_serve.console import Progress, require_extra
 from vsc_serve.convert import text
 from vsc_serve.convert.binary import write_bigann, write_h5ad, write_ids, write_parquet
+from vsc_serve.convert.kinds import BIGANN, HDF5, LINES, PARQUET
 from vsc_serve.convert.limits import SMALLEST_NORMAL, Limits, check
 from vsc_serve.convert.rows import LONG_ROW, Block, Rows, Survey, gather, survey
 from vsc_serve.errors import InputError, UsageError
+from vsc_serve.outputs import FileKind, check_output
 
 Sign = Literal["auto", "split", "keep", "error"]
 
@@ -72,6 +74,8 @@ class _Format:
     """For the others."""
     modules: tuple[str, ...] = ()
     """What must be installed; the extra has the name of the format."""
+    kind: FileKind = LINES
+    """How a file of this format is recognised before it is replaced."""
 
 
 def plan(paths: Sequence[Path], *, to: str, options: Options | None = None) -> Planned:
@@ -104,6 +108,22 @@ def plan(paths: Sequence[Path], *, to: str, options: Options | None = None) -> P
     planned = Planned(to=to, rows=rows, facts=facts, options=options, notes=notes)
     notes += _notes(planned)
     return planned
+
+
+def check_target(to: str, out: Path, paths: Sequence[Path], *, force: bool) -> None:
+    """Check that a conversion may be written, with the files beside it; see `check_output`.
+
+    Args:
+        to: Name of the format.
+        out: File to write.
+        paths: The codes.
+        force: Whether files of this format that exist may be replaced.
+    """
+    if to not in FORMATS:
+        return  # `plan` says so
+    check_output(out, FORMATS[to].kind, force=force, inputs=paths)
+    if to == "bigann":
+        check_output(ids_path(out), LINES, force=force, inputs=paths)
 
 
 def write_file(planned: Planned, out: Path, *, report: Progress | None = None) -> None:
@@ -249,14 +269,25 @@ _LUCENE: Final = Limits(
 
 FORMATS: Final[dict[str, _Format]] = {
     "jsonl": _Format(limits=Limits(is_signed=True), lines=text.jsonl),
-    "parquet": _Format(limits=Limits(is_signed=True), write=_write_parquet, modules=("pyarrow",)),
-    "npz": _Format(limits=Limits(is_signed=True, has_text_ids=False), write=_write_npz),
+    "parquet": _Format(
+        limits=Limits(is_signed=True),
+        write=_write_parquet,
+        modules=("pyarrow",),
+        kind=PARQUET,
+    ),
+    "npz": _Format(
+        limits=Limits(is_signed=True, has_text_ids=False), write=_write_npz, kind=CODES_FILE
+    ),
     "h5ad": _Format(
-        limits=Limits(is_signed=True, has_unique_ids=True), write=_write_h5ad, modules=("anndata",)
+        limits=Limits(is_signed=True, has_unique_ids=True),
+        write=_write_h5ad,
+        modules=("anndata",),
+        kind=HDF5,
     ),
     "bigann": _Format(
         limits=Limits(is_signed=True, has_text_ids=False, max_columns=_INT32_MAX),
         write=_write_bigann,
+        kind=BIGANN,
     ),
     "anserini": _Format(
         limits=Limits(is_signed=False, has_unique_ids=True, min_id_bytes=1), lines=text.anserini

@@ -9,7 +9,9 @@ from pathlib import Path
 from typing import Any, Final
 
 from vsc_serve.bundle import Manifest, open_bundle
+from vsc_serve.codes import CODES_FILE, CODES_FOLDER, ERROR_FILE
 from vsc_serve.console import Progress
+from vsc_serve.convert.kinds import PARQUET
 from vsc_serve.encoder import Encoder
 from vsc_serve.errors import UsageError
 from vsc_serve.executors.choose import open_pool
@@ -18,12 +20,14 @@ from vsc_serve.executors.read import stamp_of
 from vsc_serve.executors.task import Pool
 from vsc_serve.executors.threads import ArrayLoop, Row
 from vsc_serve.options import PLAIN, EncodeOptions
-from vsc_serve.pipeline.run import Convert, Job, Outcome, count_finished, run_job
+from vsc_serve.outputs import Kind, check_output
+from vsc_serve.pipeline.run import Convert, Job, Outcome, count_finished, errors_path, run_job
 from vsc_serve.pipeline.shards import SHARD_ROWS, Parts
 from vsc_serve.pipeline.update import OldCodes, open_old
 from vsc_serve.session import Device
 from vsc_serve.sources import FileSource, Ids, Source, find_sources
 from vsc_serve.sources.arrays import SUFFIXES, read_rows
+from vsc_serve.sources.places import is_url, local_path
 
 FILE_SUFFIXES: Final = (".npz", ".parquet")
 """Endings of outputs that are one file."""
@@ -59,6 +63,8 @@ class Request:
     compress: bool = False
     fails_at_once: bool = False
     is_strict: bool = False
+    force: bool = False
+    """Replace codes that are there."""
 
     def __post_init__(self) -> None:
         if self.is_folder and self.out.suffix and not self.out.is_dir():
@@ -78,6 +84,16 @@ class Request:
     def is_array(self) -> bool:
         """Whether a numpy file is to be encoded."""
         return any(given.endswith(SUFFIXES) for given in self.inputs)
+
+    def check_out(self) -> None:
+        """Check that the output may be written: see `outputs.check_output`."""
+        kinds: dict[str, Kind] = {".npz": CODES_FILE, ".parquet": PARQUET}
+        kind = CODES_FOLDER if self.is_folder else kinds[self.out.suffix]
+        read = [given for given in self.inputs if given != _STDIN and not is_url(given)]
+        force = self.force or self.is_update
+        check_output(self.out, kind, force=force, inputs=[self.model, *map(local_path, read)])
+        if not self.is_folder:
+            check_output(errors_path(self.out), ERROR_FILE, force=True)
 
     def identity(self) -> dict[str, Any]:
         """Return what must be the same for an interrupted run to be gone on with."""
@@ -129,6 +145,7 @@ def encode_to_file(
     Raises:
         VscError: See `run_job`, `open_pool` and `find_sources`.
     """
+    request.check_out()
     manifest = open_bundle(request.model).manifest
     parts, scan = Parts.beside(request.out), Scan()
     with ExitStack() as stack:
@@ -140,6 +157,7 @@ def encode_to_file(
         meta = pool.provenance()
         say("model", _describe(request, manifest, str(meta["engine"])))
         stack.enter_context(parts.locked())
+        request.check_out()  # once more: another run may have finished in the meantime
         old = _open_old(request, meta, parts, say) if request.is_update else None
         job = _job(request, convert)
         chosen = chain(first, chosen)

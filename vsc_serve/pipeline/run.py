@@ -327,8 +327,12 @@ def count_finished(
 
 
 def errors_path(out: Path) -> Path:
-    """Return where the files without a row are listed: `codes.npz` gives `codes.errors.jsonl`."""
-    return out.with_name(f"{out.stem}.errors.jsonl")
+    """Return where inputs without a row are listed.
+
+    `codes.npz` gives `codes.errors.jsonl`, `codes.parquet` `codes.parquet.errors.jsonl`: both
+    may lie in one folder.
+    """
+    return out.with_name(f"{out.stem if out.suffix == '.npz' else out.name}.errors.jsonl")
 
 
 def _fingerprint(sources: Sequence[Source]) -> str:

@@ -8,23 +8,40 @@ interruption; another run discards them. At the end they become the output.
 import hashlib
 import json
 import os
-import shutil
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager, suppress
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any, Final, Self
 
-from vsc_serve.atomic import atomic_file
-from vsc_serve.codes import SHARD_FORMAT, SHARD_LIST, CodeRows, write_codes
+from vsc_serve.atomic import atomic_file, name_beside, replace_folder
+from vsc_serve.codes import (
+    CODES_FOLDER,
+    ERRORS_LIST,
+    SHARD_FORMAT,
+    SHARD_LIST,
+    CodeRows,
+    write_codes,
+)
 from vsc_serve.errors import InputError, UsageError
+from vsc_serve.locks import exclusive
+from vsc_serve.outputs import FolderKind, remove_folder
 
 SHARD_ROWS: Final = 100_000
 """Sources in a shard."""
 
 _FORMAT: Final = 1
 _RUN: Final = "run.json"
-_LOCK: Final = "lock"
+
+
+def _contents(stored: dict[str, Any]) -> Sequence[str] | None:
+    is_ours = "shard_rows" in stored and "format" in stored
+    return ("part-*.npz", "part-*.json", "*.npy", SHARD_LIST, ERRORS_LIST) if is_ours else None
+
+
+WORK_FOLDER: Final = FolderKind(
+    name="the shards of an unfinished run", markers=(_RUN,), contents=_contents
+)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -64,39 +81,38 @@ class Parts:
     """The folder of a run's shards.
 
     Args:
-        folder: Where it is.
+        out: What the run writes.
+        folder: Where the shards are.
     """
 
-    def __init__(self, folder: Path) -> None:
+    def __init__(self, out: Path, folder: Path) -> None:
+        self._out = out
         self.folder = folder
 
     @classmethod
     def beside(cls, out: Path) -> Self:
         """Return the parts of a run that writes `out`: `codes.npz` gives `codes.npz.parts`."""
-        return cls(out.with_name(f"{out.name}.parts"))
+        return cls(out, name_beside(out, suffix=".parts"))
 
     @contextmanager
     def locked(self) -> Iterator[None]:
-        """Make the folder and keep other runs out of it; without a finished shard it goes again.
+        """Keep other runs out of the output; the folder goes again without a finished shard.
 
         Raises:
-            UsageError: Another run is at work there.
+            UsageError: Another run is writing there, or the folder's name is taken by another one.
             InputError: The folder cannot be made.
         """
-        try:
-            self.folder.mkdir(parents=True, exist_ok=True)
-            lock = os.open(self.folder / _LOCK, os.O_RDWR | os.O_CREAT, 0o666)
-        except OSError as error:
-            raise InputError(f"{self.folder}: cannot be written ({error.strerror}).") from error
-        try:
-            _take(lock, self.folder)
+        with exclusive(self._out):
+            if os.path.lexists(self.folder) and (why := WORK_FOLDER.why_not_ours(self.folder)):
+                raise UsageError(
+                    f"{self.folder}: is {why}. The shards of a run go there: move it, or choose"
+                    " another --out."
+                )
             try:
                 yield
             finally:
                 if not any(self._records()):
                     self.remove()
-        finally:
-            os.close(lock)
 
     def begin(self, run: dict[str, Any]) -> list[str]:
         """Say what the run is, and discard the shards of another one.
@@ -182,13 +198,15 @@ class Parts:
         for path in self.folder.iterdir():
             if path.name not in wanted:
                 path.unlink()
-        if out.is_dir():
-            shutil.rmtree(out)
-        self.folder.rename(out)
+        try:
+            replace_folder(self.folder, out, CODES_FOLDER)
+        except OSError as error:
+            raise InputError(f"{out}: cannot be written ({error.strerror or error}).") from error
 
     def remove(self) -> None:
-        """Remove the folder and what is in it."""
-        shutil.rmtree(self.folder, ignore_errors=True)
+        """Remove the folder and what is in it, unless somebody has put something of theirs there."""
+        with suppress(OSError, UsageError):
+            remove_folder(self.folder, WORK_FOLDER)
 
     def _records(self) -> Iterator[Path]:
         return self.folder.glob("part-*.json")
@@ -208,16 +226,3 @@ class Parts:
 def _write_json(path: Path, content: dict[str, Any]) -> None:
     with atomic_file(path) as file:
         file.write((json.dumps(content, sort_keys=True) + "\n").encode())
-
-
-def _take(lock: int, folder: Path) -> None:
-    try:
-        import fcntl
-    except ImportError:  # a system without it: two runs at once are the user's affair
-        return
-    try:
-        fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
-    except OSError:
-        raise UsageError(
-            f"{folder}: another run is writing there. Wait for it, or choose another --out."
-        ) from None
