@@ -64,6 +64,24 @@ def fake_encoder(pixel_spec: PixelSpec) -> Encoder:
 
 
 @pytest.fixture
+def vector_encoder() -> Encoder:
+    """An encoder of vectors of 64 numbers."""
+    manifest = Manifest(
+        name="fake",
+        modality="vector",
+        latent_dim=16,
+        tau=0.5,
+        alpha=0.1,
+        active=4.0,
+        opset=20,
+        files={"encoder.onnx": "0" * 64},
+        probes=[],
+        input_dim=64,
+    )
+    return Encoder(FakeSession(64, 16), manifest)
+
+
+@pytest.fixture
 def picture_folder(tmp_path: Path) -> Path:
     """Twelve grey 8x8 pictures: ten at the top, two in a folder with a non-ASCII name."""
     folder = tmp_path / "pictures"

@@ -1,20 +1,126 @@
-"""From the outputs of the dense encoder graph to rows: only what belongs to active latents."""
+"""From the outputs of an encoder graph to rows of codes: dense outputs, or compacted by the graph.
 
-from collections.abc import Mapping
-from typing import Final
+Two strategies behind one `Encoder`: `DENSE` reads the dense code and its logits and can give all
+that `EncodeOptions` asks for; `COMPACT` reads values, indices and row counts, which is less to copy
+off a device, and gives plain codes only. A session may compute more rows than it was given (it may
+fill a batch up); what belongs to those is dropped here.
+"""
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any, Final, NamedTuple, Protocol
 
 import numpy as np
 from numpy.typing import NDArray
 
-from vsc_serve.codes import CodeRows, active_positions, csr_at, stack_codes
-from vsc_serve.options import EncodeOptions, View
+from vsc_serve.bundle import ENCODER, ENCODER_CSR
+from vsc_serve.codes import (
+    CodeRows,
+    DecisionStatistics,
+    active_positions,
+    build_csr,
+    csr_at,
+)
+from vsc_serve.options import GUARD_BAND, EncodeOptions, View
 
 _SMALLEST: Final = np.finfo(np.float32).tiny
 _LARGEST_LOGVAR: Final = 170.0
 """Beyond it sigma is no finite float32."""
 
+Outputs = Mapping[str, NDArray[Any]]
+"""What a graph gives, by name."""
 
-def first_bad_row(found: Mapping[str, NDArray[np.float32]]) -> int | None:
+
+class EncodedBatch(NamedTuple):
+    """Codes of a batch, and what the encoder saw of them."""
+
+    rows: CodeRows
+    decisions: DecisionStatistics
+
+
+@dataclass(frozen=True)
+class Batch:
+    """Facts about a batch that its outputs do not tell."""
+
+    count: int
+    """Rows that were given."""
+    latent_dim: int
+    limit: np.float32
+    """Spike logit of the threshold."""
+
+
+class NotFinite(ValueError):
+    """A model gives values that are not finite.
+
+    Args:
+        row: First such row of the batch.
+    """
+
+    def __init__(self, row: int) -> None:
+        super().__init__(f"row {row}")
+        self.row = row
+
+
+class Compaction(Protocol):
+    """A strategy: which graph, which of its outputs, and how they become rows."""
+
+    graph: str
+    """File of the bundle."""
+
+    def outputs(self, options: EncodeOptions) -> Sequence[str]:
+        """Return the names of the outputs that are needed."""
+
+    def compact(self, found: Outputs, batch: Batch, options: EncodeOptions) -> EncodedBatch:
+        """Return the rows. Raises NotFinite."""
+
+
+class _Dense:
+    graph = ENCODER
+
+    def outputs(self, options: EncodeOptions) -> Sequence[str]:
+        return ["code", "spike_logit", *(["logvar"] if options.uncertainty else [])]
+
+    def compact(self, found: Outputs, batch: Batch, options: EncodeOptions) -> EncodedBatch:
+        found = {name: output[: batch.count] for name, output in found.items()}
+        bad = first_bad_row(found)
+        if bad is not None:
+            raise NotFinite(bad)
+        distance = np.abs(found["spike_logit"] - batch.limit)
+        return _rows_of_active(found, options, int(np.count_nonzero(distance <= GUARD_BAND)))
+
+
+class _Compact:
+    graph = ENCODER_CSR
+
+    def outputs(self, options: EncodeOptions) -> Sequence[str]:
+        return ["values", "indices", "row_counts"]
+
+    def compact(self, found: Outputs, batch: Batch, options: EncodeOptions) -> EncodedBatch:
+        bounds = np.zeros(batch.count + 1, np.int64)
+        np.cumsum(found["row_counts"][: batch.count], out=bounds[1:])
+        values = found["values"][: bounds[-1]].astype(np.float32)
+        if not np.isfinite(values).all():
+            raise NotFinite(int(np.searchsorted(bounds, _first_bad(values), "right")) - 1)
+        indices = found["indices"][: bounds[-1]].copy()
+        codes = build_csr(values, indices, bounds, batch.latent_dim)
+        energy = float(np.square(values, dtype=np.float64).sum())
+        return EncodedBatch(
+            CodeRows(codes=codes), DecisionStatistics(kept_energy=energy, total_energy=energy)
+        )
+
+
+DENSE: Final[Compaction] = _Dense()
+"""On the host, from dense outputs."""
+COMPACT: Final[Compaction] = _Compact()
+"""In the graph; near-threshold decisions are not counted."""
+
+
+def is_plain(options: EncodeOptions) -> bool:
+    """Tell whether `COMPACT` can give what the options ask for: a threshold, at most."""
+    return options == EncodeOptions(tau=options.tau)
+
+
+def first_bad_row(found: Outputs) -> int | None:
     """Return the first row of which something is not finite, as NaN in a logit hides a latent."""
     is_bad = {"code": ~np.isfinite(found["code"]), "spike_logit": np.isnan(found["spike_logit"])}
     if "logvar" in found:
@@ -23,8 +129,12 @@ def first_bad_row(found: Mapping[str, NDArray[np.float32]]) -> int | None:
     return min(rows, default=None)
 
 
-def compact(found: Mapping[str, NDArray[np.float32]], options: EncodeOptions) -> CodeRows:
-    """Keep of what the graph gives, by name of its output, only what belongs to active latents."""
+def _first_bad(values: NDArray[np.float32]) -> int:
+    return int(np.flatnonzero(~np.isfinite(values))[0])
+
+
+def _rows_of_active(found: Outputs, options: EncodeOptions, near_threshold: int) -> EncodedBatch:
+    """Keep of what the graph gives only what belongs to active latents."""
     dense = found["code"]
     active = active_positions(dense)
     total_energy = _energy(dense, active)
@@ -35,13 +145,14 @@ def compact(found: Mapping[str, NDArray[np.float32]], options: EncodeOptions) ->
         gamma = _gamma(found["spike_logit"].ravel()[active])
     if options.uncertainty:
         sigma = np.exp(found["logvar"].ravel()[active] / 2)
-    return CodeRows(
+    rows = CodeRows(
         codes=csr_at(active, _view(dense, active, gamma, options.view), dense.shape),
         gamma=gamma if options.uncertainty else None,
         sigma=sigma,
-        kept_energy=total_energy if options.max_active is None else _energy(dense, active),
-        total_energy=total_energy,
     )
+    kept_energy = total_energy if options.max_active is None else _energy(dense, active)
+    decisions = DecisionStatistics(len(dense), near_threshold, kept_energy, total_energy)
+    return EncodedBatch(rows, decisions)
 
 
 def _view(
@@ -75,9 +186,3 @@ def _strongest(
 def _energy(dense: NDArray[np.float32], active: NDArray[np.intp]) -> float:
     mu = dense.ravel()[active].astype(np.float64)
     return float(mu @ mu)
-
-
-def no_rows(latent_dim: int, options: EncodeOptions) -> CodeRows:
-    """Return the codes of no images, with gamma and sigma where the options ask for them."""
-    none = np.empty(0, np.float32) if options.uncertainty else None
-    return CodeRows(codes=stack_codes([], latent_dim), gamma=none, sigma=none)

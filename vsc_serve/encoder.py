@@ -3,7 +3,6 @@
 import hashlib
 import logging
 from collections.abc import Sequence
-from dataclasses import replace
 from pathlib import Path
 from typing import Any, Final
 
@@ -13,11 +12,18 @@ from numpy.typing import NDArray
 from PIL import Image
 
 from vsc_serve.bundle import ENCODER, Bundle, Manifest, Probe, image_spec, open_bundle
-from vsc_serve.codes import CodeRows, Codes, stack_rows, threshold_logit
-from vsc_serve.compaction import compact, first_bad_row, no_rows
+from vsc_serve.codes import (
+    CodeRows,
+    Codes,
+    DecisionStatistics,
+    empty_rows,
+    stack_rows,
+    threshold_logit,
+)
+from vsc_serve.compaction import DENSE, Batch, Compaction, EncodedBatch, NotFinite
 from vsc_serve.errors import BundleError, InputError
 from vsc_serve.images import PixelSpec, decode_pixels, read_pixels
-from vsc_serve.options import GUARD_BAND, PLAIN, EncodeOptions
+from vsc_serve.options import PLAIN, EncodeOptions
 from vsc_serve.session import Device, Session, open_session
 
 logger = logging.getLogger(__name__)
@@ -37,9 +43,18 @@ class Encoder:
     The same image gives the same code whatever else is in the batch.
     """
 
-    def __init__(self, session: Session, manifest: Manifest) -> None:
-        """Wrap an open session. `Encoder.open` is what most callers want."""
+    def __init__(
+        self, session: Session, manifest: Manifest, compaction: Compaction = DENSE
+    ) -> None:
+        """Wrap an open session. `Encoder.open` is what most callers want.
+
+        Args:
+            session: Computes the graph that the compaction names.
+            manifest: What the bundle says.
+            compaction: How outputs become rows.
+        """
         self._session = session
+        self._compaction = compaction
         self.manifest = manifest
 
     @classmethod
@@ -100,14 +115,20 @@ class Encoder:
         Raises:
             InputError: Wrong shape or type, or a model that gives values that are not finite.
         """
+        return self.encode_counted(rows, options).rows
+
+    def encode_counted(self, rows: NDArray[Any], options: EncodeOptions = PLAIN) -> EncodedBatch:
+        """Encode as `encode_rows` does, and give the statistics of the decisions too."""
         _check_rows(rows, self.manifest)
-        if not len(rows):
-            return no_rows(self.manifest.latent_dim, options)
-        parts = [
-            self._encode_batch(rows[start : start + BATCH_SIZE], start, options)
-            for start in range(0, len(rows), BATCH_SIZE)
-        ]
-        return stack_rows(parts, self.manifest.latent_dim)
+        decisions, parts = DecisionStatistics(), []
+        for start in range(0, len(rows), BATCH_SIZE):
+            encoded = self._encode_batch(rows[start : start + BATCH_SIZE], start, options)
+            parts.append(encoded.rows)
+            decisions.add(encoded.decisions)
+        latent_dim = self.manifest.latent_dim
+        if not parts:
+            parts = [empty_rows(latent_dim, aligned=options.uncertainty)]
+        return EncodedBatch(stack_rows(parts, latent_dim), decisions)
 
     def provenance(
         self, options: EncodeOptions = PLAIN, *, tau: float | None = None
@@ -132,21 +153,24 @@ class Encoder:
             "vsc_serve": __version__,
         }
 
-    def _encode_batch(self, batch: NDArray[Any], start: int, options: EncodeOptions) -> CodeRows:
+    def _encode_batch(self, rows: NDArray[Any], start: int, options: EncodeOptions) -> EncodedBatch:
         """Encode what a graph is given at once; `start` is its first row, for messages."""
         limit = threshold_logit(self.manifest.tau if options.tau is None else options.tau)
-        feeds = {self.manifest.modality: batch, "tau_logit": np.array(limit)}
-        outputs = ["code", "spike_logit", *(["logvar"] if options.uncertainty else [])]
+        feeds = {self.manifest.modality: rows, "tau_logit": np.array(limit)}
+        outputs = self._compaction.outputs(options)
         found = dict(zip(outputs, self._session.run(outputs, feeds), strict=True))
-        bad = first_bad_row(found)
-        if bad is not None:
+        batch = Batch(len(rows), self.manifest.latent_dim, limit)
+        try:
+            return self._compaction.compact(found, batch, options)
+        except NotFinite as error:
+            row = start + error.row
             raise InputError(
-                f"row {start + bad}: model {self.manifest.name} gives values that are not finite"
+                f"row {row}: model {self.manifest.name} gives values that are not finite"
                 " (NaN or infinity). Leave the row out; a model that does so for ordinary input is"
-                " broken."
-            )
-        near = int(np.count_nonzero(np.abs(found["spike_logit"] - limit) <= GUARD_BAND))
-        return replace(compact(found, options), near_threshold=near)
+                " broken.",
+                kind="not finite",
+                row=row,
+            ) from None
 
     def read(self, pictures: Sequence[Picture]) -> NDArray[np.uint8]:
         """Return the pixels of pictures, as `encode_rows` takes them.
@@ -193,7 +217,11 @@ def _check_rows(rows: NDArray[Any], manifest: Manifest) -> None:
         )
     if rows.dtype.kind == "f" and not np.isfinite(rows).all():
         bad = int(np.flatnonzero(~np.isfinite(rows).all(axis=1))[0])
-        raise InputError(f"row {bad} holds values that are not finite (NaN or infinity)")
+        raise InputError(
+            f"row {bad} holds values that are not finite (NaN or infinity)",
+            kind="not finite",
+            row=bad,
+        )
 
 
 def _check_probes(encoder: Encoder, bundle: Bundle) -> None:

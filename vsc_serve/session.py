@@ -37,10 +37,8 @@ class Session(Protocol):
     def engine(self) -> str:
         """What computes, for people and provenance: `onnxruntime 1.31.1 cpu`."""
 
-    def run(
-        self, outputs: Sequence[str], feeds: Mapping[str, NDArray[Any]]
-    ) -> list[NDArray[np.float32]]:
-        """Compute the named outputs from the named inputs."""
+    def run(self, outputs: Sequence[str], feeds: Mapping[str, NDArray[Any]]) -> list[NDArray[Any]]:
+        """Compute the named outputs from the named inputs; there may be more rows than given."""
 
 
 class Port(NamedTuple):
@@ -76,11 +74,9 @@ class OnnxSession:
         """Outputs."""
         return [Port(one.name, one.type, one.shape) for one in self._session.get_outputs()]
 
-    def run(
-        self, outputs: Sequence[str], feeds: Mapping[str, NDArray[Any]]
-    ) -> list[NDArray[np.float32]]:
+    def run(self, outputs: Sequence[str], feeds: Mapping[str, NDArray[Any]]) -> list[NDArray[Any]]:
         """Compute the named outputs. Safe to call from several threads."""
-        results: list[NDArray[np.float32]] = self._session.run(list(outputs), dict(feeds))
+        results: list[NDArray[Any]] = self._session.run(list(outputs), dict(feeds))
         return results
 
     def run_bound(
@@ -101,7 +97,8 @@ class BoundSession:
     """A Session that computes batches of one size, from memory and into memory that is bound.
 
     The kernels a GPU uses depend on the shape. With one shape for all batches, the row of an image
-    is the same whatever is computed with it. What a batch lacks is filled up and cut off again.
+    is the same whatever is computed with it. What a batch lacks is filled up with zeros;
+    `compaction` drops what belongs to those rows.
 
     Args:
         session: What computes.
@@ -118,17 +115,11 @@ class BoundSession:
         """Name and version of the engine, and its device."""
         return self._session.engine
 
-    def run(
-        self, outputs: Sequence[str], feeds: Mapping[str, NDArray[Any]]
-    ) -> list[NDArray[np.float32]]:
-        """Compute the named outputs of at most `batch_size` rows. For one thread at a time."""
-        count = max(len(value) for value in feeds.values() if value.ndim)
-        return [output[:count] for output in self.run_whole(outputs, feeds)]
+    def run(self, outputs: Sequence[str], feeds: Mapping[str, NDArray[Any]]) -> list[NDArray[Any]]:
+        """Compute the named outputs of at most `batch_size` rows. For one thread at a time.
 
-    def run_whole(
-        self, outputs: Sequence[str], feeds: Mapping[str, NDArray[Any]]
-    ) -> list[NDArray[Any]]:
-        """Compute the named outputs of a whole batch: also those of the rows it was filled with."""
+        The outputs are those of a whole batch: also of the rows that it was filled up with.
+        """
         return self._session.run_bound(
             outputs, {name: self._stage(name, value) for name, value in feeds.items()}
         )

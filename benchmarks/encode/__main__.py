@@ -22,7 +22,7 @@ import onnxruntime
 from benchmarks.encode import contenders, memory
 from benchmarks.encode.models import make_bundle
 from benchmarks.encode.pictures import SETS, PictureSet, make_folder
-from vsc_serve.pipeline import usable_cpus
+from vsc_serve.cpus import usable_cpus
 
 FLAGS = ("avx2", "avx512f", "avx512_vnni")
 

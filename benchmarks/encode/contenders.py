@@ -21,10 +21,11 @@ from PIL import Image
 from vsc_serve.bundle import ENCODER, open_bundle
 from vsc_serve.codes import threshold_logit
 from vsc_serve.encoder import Encoder
+from vsc_serve.executors import Executor, ExecutorOptions, open_executor
 from vsc_serve.images import PixelSpec, read_pixels
 from vsc_serve.options import PLAIN
-from vsc_serve.pipeline import Job, Pool, open_pool, run_job
-from vsc_serve.pipeline.shards import Parts
+from vsc_serve.pipeline import Job, run_job
+from vsc_serve.pipeline.shards import ShardStore
 from vsc_serve.session import open_session
 from vsc_serve.sources import find_sources, read_file
 
@@ -139,22 +140,23 @@ def _load(paths: Sequence[Path], spec: PixelSpec, workers: int) -> Iterator[NDAr
     return iter(loader)
 
 
-def engine(bench: Bench, pool: Pool) -> Contender:
+def engine(bench: Bench, executor: Executor) -> Contender:
     """Return the engine of `vsc encode`, with workers that are there already."""
     latent_dim = open_bundle(bench.model).manifest.latent_dim
+    job = Job(inputs=[str(bench.folder)], out=bench.out, model=bench.model)
 
     def encode() -> int:
-        with Parts.beside(bench.out).locked():
-            sources = find_sources([str(bench.folder)])
-            return run_job(Job(out=bench.out), pool, sources, latent_dim).figures.rows
+        with ShardStore(bench.out).locked():
+            outcome = run_job(job, executor, find_sources(job.inputs), latent_dim)
+            return outcome.statistics.images
 
     return encode
 
 
-def start_engine(bench: Bench) -> Pool:
+def start_engine(bench: Bench) -> Executor:
     """Return the workers of the engine, not yet entered."""
-    manifest = open_bundle(bench.model).manifest
-    return open_pool(bench.model, manifest, device="cpu", workers=bench.workers)
+    how = ExecutorOptions(device="cpu", workers=bench.workers)
+    return open_executor(open_bundle(bench.model), how=how)
 
 
 def command(bench: Bench, *arguments: str) -> Contender:

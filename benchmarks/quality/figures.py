@@ -17,7 +17,7 @@ from torch import Tensor
 from benchmarks.quality.baselines import Coder, DenseVae, VscCoder
 from benchmarks.quality.data import Dataset, load_dataset
 from benchmarks.quality.runs import Rows, Run, fit_run, recipe_digest
-from vsc_serve.analysis.features import ALWAYS_ON_SHARE, LIVE_SHARE
+from vsc_serve.codes import ALWAYS_ON_SHARE, LIVE_SHARE
 from vsc_training.data import Examples
 from vsc_training.evaluation import bounds, disentanglement, probe, retrieval
 from vsc_training.feed import Feed

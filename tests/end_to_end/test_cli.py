@@ -96,7 +96,7 @@ def test_encode_goes_past_broken_files_lists_them_and_counts_them(
     out = tmp_path / "codes.npz"
     result = vsc("encode", folder, "--out", out, "--model", tiny_bundle)
     assert result.code == 0, result.err
-    assert "skipped  3 files without a row" in result.err
+    assert "skipped  3 inputs without a row" in result.err
     lines = [
         json.loads(line) for line in (tmp_path / "codes.errors.jsonl").read_text().splitlines()
     ]

@@ -96,10 +96,10 @@ def test_kill_9_and_again_gives_the_bytes_of_a_run_without_a_stop(
     finished = [int(path.stem[5:]) for path in parts.glob("part-*.json")]
     times = {path.name: path.stat().st_mtime_ns for path in parts.glob("part-*.json")}
     plan = json.loads(encode(many, "--out", out, *options, "--dry-run", "--json").stdout)
-    assert plan["done"] == 50 * len(finished) >= 100
+    assert plan["done"] >= 50 * len(finished) - 1 >= 99  # the broken one is tried again
     assert times == {path.name: path.stat().st_mtime_ns for path in parts.glob("part-*.json")}
     again = json.loads(done(many, "--out", out, *options, "--json").stdout)
-    assert again["resumed"] == 50 * len(finished)
+    assert again["resumed"] == plan["done"]
     assert out.read_bytes() == whole.read_bytes()
     errors = (tmp_path / "codes.errors.jsonl").read_bytes()
     assert errors == whole.with_name("codes.errors.jsonl").read_bytes()
@@ -120,7 +120,7 @@ def test_an_interrupted_run_ends_with_130_and_says_how_to_go_on(
     assert "Traceback" not in talk
     last = talk.splitlines()[-1]
     assert re.match(r"vsc: interrupted; \d[\d,]* images are done and kept in .*parts", last)
-    assert "Run the same command again" in last
+    assert "run the same command again" in last
     assert not out.exists()
     done(many, "--out", out, *options)
     assert out.read_bytes() == whole.read_bytes()
@@ -188,7 +188,7 @@ def test_on_error_fail_and_strict_end_with_3_and_leave_no_codes(
         result = encode(many, "--out", out, "--model", tiny_bundle, *option)
         assert result.returncode == 3
         assert not out.exists()
-    assert "1 of 2001 files cannot be read" in result.stderr
+    assert "1 of 2001 inputs cannot be read" in result.stderr
 
 
 def test_the_summary_says_what_was_made_and_where_the_time_went(
@@ -203,7 +203,7 @@ def test_the_summary_says_what_was_made_and_where_the_time_went(
         r"^encode +2,000 images in .*/s, \d+ threads  \(read \d+% \| decode \d+% \| model \d+%\)",
         r"^codes +2,000 x 16, .* active per image, \d+ empty rows, \d+\.\d% of the energy kept",
         r"^features \d+ live, \d+ dead, \d+ always on; \d+\.\d+% of decisions within 1e-4",
-        r"^skipped +1 files without a row \(1 empty file.*\): .*codes\.errors\.jsonl",
+        r"^skipped +1 inputs without a row \(1 .*\): .*codes\.errors\.jsonl",
         r"^wrote +.*codes\.npz +\d+ kB",
         r"^next +vsc ",
     ):

@@ -4,8 +4,8 @@ from pathlib import Path
 
 import pytest
 
+from vsc_serve import cpus as machine
 from vsc_serve.cpus import cgroup_quota, usable_cpus
-from vsc_serve.pipeline import machine
 
 
 @pytest.mark.parametrize(

@@ -289,15 +289,15 @@ def test_the_graph_computes_the_variance_only_when_it_is_asked_for(full_encoder)
 @settings(suppress_health_check=[HealthCheck.function_scoped_fixture], deadline=None)
 def test_max_active_keeps_the_largest_and_of_equal_ones_the_lower(fake_encoder, dense, count):
     encoder = Encoder(Gives(code=dense, spike_logit=dense), fake_encoder.manifest)
-    found = encoder.encode_rows(pixels(len(dense)), EncodeOptions(max_active=count))
+    found, seen = encoder.encode_counted(pixels(len(dense)), EncodeOptions(max_active=count))
     expected = np.zeros_like(dense)
     for row, mu in enumerate(dense):
         kept = sorted(range(16), key=lambda latent: (-abs(mu[latent]), latent))[:count]
         expected[row, kept] = mu[kept]
     np.testing.assert_array_equal(found.codes.toarray(), expected)
     assert found.codes.has_canonical_format
-    assert found.kept_energy == (expected**2).sum()
-    assert found.total_energy == (dense**2).sum()
+    assert seen.kept_energy == (expected**2).sum()
+    assert seen.total_energy == (dense**2).sum()
 
 
 def test_the_views_of_the_strongest_latents_are_of_the_largest_means(full_encoder):
@@ -315,19 +315,21 @@ def test_logits_near_the_threshold_are_counted_on_both_sides(fake_encoder):
         Gives(code=np.zeros((2, 4)), spike_logit=near),
         dataclasses.replace(fake_encoder.manifest, latent_dim=4),
     )
-    assert encoder.encode_rows(pixels(2), EncodeOptions(tau=0.7)).near_threshold == 4
-    assert encoder.encode_rows(pixels(2), EncodeOptions(tau=0.2)).near_threshold == 0
+    for tau, count in ((0.7, 4), (0.2, 0)):
+        seen = encoder.encode_counted(pixels(2), EncodeOptions(tau=tau)).decisions
+        assert (seen.judged, seen.near_threshold) == (2, count)
 
 
 def test_counts_are_added_up_over_batches(full_encoder):
     rows = pixels(2 * BATCH_SIZE + 5)
-    whole = full_encoder.encode_rows(rows)
-    parts = [full_encoder.encode_rows(rows[start : start + 60]) for start in range(0, 520, 60)]
+    codes, whole = full_encoder.encode_counted(rows)
+    starts = range(0, 520, 60)
+    parts = [full_encoder.encode_counted(rows[start : start + 60]).decisions for start in starts]
     assert whole.total_energy == pytest.approx(sum(part.total_energy for part in parts))
     assert (
         whole.kept_energy
         == whole.total_energy
-        == pytest.approx((whole.codes.data.astype(np.float64) ** 2).sum())
+        == pytest.approx((codes.codes.data.astype(np.float64) ** 2).sum())
     )
     assert whole.near_threshold == sum(part.near_threshold for part in parts)
 

@@ -2,7 +2,9 @@
 
 import importlib
 import json
-from collections.abc import Iterator
+import re
+import sys
+from collections.abc import Iterator, Sequence
 from itertools import chain
 from pathlib import Path
 from types import ModuleType
@@ -15,24 +17,27 @@ from PIL import Image
 from vsc_serve.bundle import open_bundle
 from vsc_serve.codes import read_codes
 from vsc_serve.encoder import Encoder
-from vsc_serve.errors import BundleError, InputError, Interrupted, UsageError
-from vsc_serve.executors.chunks import ChunkSize
-from vsc_serve.executors.processes import ProcessPool
-from vsc_serve.executors.read import Setup
-from vsc_serve.executors.task import Piece, Seconds
-from vsc_serve.options import PLAIN, EncodeOptions
-from vsc_serve.pipeline import (
-    Batch,
-    Job,
-    ThreadPool,
-    Work,
-    batches,
-    errors_path,
-    open_pool,
-    run_job,
-    stream,
+from vsc_serve.errors import (
+    BundleError,
+    InputError,
+    Interrupted,
+    SourceUnavailable,
+    UsageError,
 )
-from vsc_serve.pipeline.shards import Parts
+from vsc_serve.executors import (
+    ChunkResult,
+    ChunkSize,
+    ExecutorOptions,
+    ReadOptions,
+    StageSeconds,
+    ThreadExecutor,
+    open_executor,
+)
+from vsc_serve.executors.processes import ProcessExecutor
+from vsc_serve.executors.read import EncodeSpec, EncodeWorker
+from vsc_serve.options import PLAIN, EncodeOptions
+from vsc_serve.pipeline import Batch, Job, batches, run_job, stream
+from vsc_serve.pipeline.shards import ShardStore
 from vsc_serve.sources import Source, find_sources
 
 HOSTILE = '''
@@ -69,6 +74,13 @@ class Exhausted:
     id: str
     def read(self):
         raise OSError(24, "Too many open files")
+
+@dataclass(frozen=True)
+class Gone:
+    id: str
+    def read(self):
+        from vsc_serve.errors import SourceUnavailable
+        raise SourceUnavailable(f"{self.id}: Stale file handle.")
 '''
 
 
@@ -98,13 +110,14 @@ def found(folder: Path) -> list[Source]:
     return list(find_sources([str(folder)]))
 
 
-def threads(encoder: Encoder, workers: int = 2, options: EncodeOptions = PLAIN) -> ThreadPool:
-    return ThreadPool(Work(encoder, options), workers)
+def threads(encoder: Encoder, workers: int = 2, options: EncodeOptions = PLAIN) -> ThreadExecutor:
+    return ThreadExecutor(EncodeWorker(encoder, options, ReadOptions()), workers)
 
 
-def processes(bundle: Path, workers: int = 2, **limits: Any) -> ProcessPool:
-    setup = Setup(model=bundle, options=PLAIN, latent_dim=open_bundle(bundle).manifest.latent_dim)
-    return ProcessPool(setup, workers, **limits)
+def processes(bundle: Path, workers: int = 2, **limits: Any) -> ProcessExecutor:
+    latent_dim = open_bundle(bundle).manifest.latent_dim
+    spec = EncodeSpec(model=bundle, options=PLAIN, latent_dim=latent_dim)
+    return ProcessExecutor(spec, workers, **limits)
 
 
 def collect(results: Iterator[Batch]) -> tuple[list[str], bytes, list[tuple[str, str]]]:
@@ -114,13 +127,21 @@ def collect(results: Iterator[Batch]) -> tuple[list[str], bytes, list[tuple[str,
         assert len(batch.ids) == batch.rows.codes.shape[0]
         ids += batch.ids
         codes += batch.rows.codes.toarray().tobytes()
-        bad += batch.bad
+        bad += batch.rejected
     return ids, codes, bad
 
 
 def run_in_threads(encoder: Encoder, sources: Iterator[Source], out: Path, **fields: Any) -> Any:
-    with threads(encoder, 1) as pool, Parts.beside(out).locked():
-        return run_job(Job(out=out, **fields), pool, sources, encoder.manifest.latent_dim)
+    with threads(encoder, 1) as pool, ShardStore(out).locked():
+        return run_job(job(out, **fields), pool, sources, encoder.manifest.latent_dim)
+
+
+def job(out: Path, **fields: Any) -> Job:
+    return Job(inputs=["images"], out=out, model=Path("model"), **fields)
+
+
+def errors_path(out: Path) -> Path:
+    return job(out).errors_path
 
 
 def test_ten_broken_files_among_a_thousand_shift_no_row(
@@ -139,7 +160,7 @@ def test_ten_broken_files_among_a_thousand_shift_no_row(
     out = tmp_path / "codes.npz"
     outcome = run_in_threads(fake_encoder, iter(found(folder)), out, shard_rows=300)
     stored = read_codes(out)
-    assert len(stored.ids) == stored.codes.shape[0] == outcome.figures.rows == 990
+    assert len(stored.ids) == stored.codes.shape[0] == outcome.statistics.images == 990
     listed = [json.loads(line) for line in errors_path(out).read_text().splitlines()]
     assert [one["id"] for one in listed] == [f"{number:04}.png" for number in sorted(broken)]
     numbers = [int(identity.split(".")[0]) for identity in stored.ids]
@@ -184,13 +205,13 @@ def test_a_program_gets_the_codes_of_a_folder_as_a_stream(
 @pytest.mark.slow
 def test_workers_start_together_when_there_is_work_for_them(tiny_bundle: Path) -> None:
     with processes(tiny_bundle, 3) as pool:
-        assert pool.begun == 1
+        assert pool.started == 1
         pool.expect(16)
-        assert pool.begun == 1
+        assert pool.started == 1
         pool.expect(17)
-        assert pool.begun == 2
+        assert pool.started == 2
         pool.expect(1000)
-        assert pool.begun == 3
+        assert pool.started == 3
         pool.provenance()
 
 
@@ -221,7 +242,7 @@ def test_a_worker_that_is_killed_costs_the_image_at_fault_and_nothing_else(
         sources.insert(9, hostile.Killer("killer.png"))
         ids, codes, bad = collect(batches(pool, iter(sources), 4))
     assert (ids, codes) == undisturbed[:2]
-    assert bad == [("killer.png", "brings its reader down (SIGKILL: out of memory?)")]
+    assert bad == [("killer.png", "crashes its reader (SIGKILL: out of memory?)")]
 
 
 @pytest.mark.slow
@@ -246,7 +267,7 @@ def test_a_worker_that_hangs_on_an_image_is_ended_and_the_image_left_out(
     with processes(tiny_bundle, 1, image_limit_s=0.3) as pool:
         ids, _, bad = collect(batches(pool, iter(sources), None))
     assert ids == [f"{number:02}.png" for number in range(5)]
-    assert bad == [("endless.png", "brings its reader down (took over 0.3 s)")]
+    assert bad == [("endless.png", "crashes its reader (took over 0.3 s)")]
 
 
 @pytest.mark.slow
@@ -262,7 +283,7 @@ def test_a_model_that_cannot_be_opened_is_the_callers_error(
 def test_a_machine_that_fails_ends_the_run_and_is_not_taken_for_a_bad_image(
     fake_encoder: Encoder, hostile: ModuleType
 ) -> None:
-    with threads(fake_encoder) as pool, pytest.raises(InputError, match="the machine failed"):
+    with threads(fake_encoder) as pool, pytest.raises(SourceUnavailable, match="machine failed"):
         collect(batches(pool, iter([hostile.Exhausted("a.png")]), None))
 
 
@@ -271,15 +292,15 @@ def test_a_row_that_the_model_fails_on_is_left_out_alone(
 ) -> None:
     sources = found(picture_folder)
     marked = np.asarray(Image.open(picture_folder / "03.png"))
-    real = Encoder.encode_rows
+    real = Encoder.encode_counted
 
-    def encode_rows(self: Encoder, rows: Any, options: EncodeOptions = PLAIN) -> Any:
+    def encode_counted(self: Encoder, rows: Any, options: EncodeOptions = PLAIN) -> Any:
         for number, row in enumerate(rows):
             if (row[..., 0] == marked).all():
-                raise InputError(f"row {number}: gives values that are not finite")
+                raise InputError(f"row {number}: gives values that are not finite", row=number)
         return real(self, rows, options)
 
-    monkeypatch.setattr(Encoder, "encode_rows", encode_rows)
+    monkeypatch.setattr(Encoder, "encode_counted", encode_counted)
     with threads(fake_encoder) as pool:
         ids, codes, bad = collect(batches(pool, iter(sources), 6))
     assert bad == [("03.png", "gives values that are not finite")]
@@ -311,7 +332,7 @@ def test_an_interrupt_while_resuming_keeps_the_shards_of_the_run_before(
 ) -> None:
     out = tmp_path / "codes.npz"
     sources = found(picture_folder)
-    fields: dict[str, Any] = {"shard_rows": 3, "chunk_size": 1}
+    fields: dict[str, Any] = {"shard_rows": 3, "batch_size": 1}
 
     def stopped(place: int) -> Iterator[Source]:
         yield from sources[:place]
@@ -329,7 +350,7 @@ def test_a_run_that_ends_before_its_first_shard_leaves_no_folder(
         raise KeyboardInterrupt
         yield
 
-    with pytest.raises(Interrupted, match="Nothing was written"):
+    with pytest.raises(Interrupted, match="nothing was written"):
         run_in_threads(fake_encoder, stopped(), tmp_path / "codes.npz")
     assert list(tmp_path.iterdir()) == []
 
@@ -364,15 +385,15 @@ def test_an_interrupted_run_keeps_its_shards_and_goes_on_to_the_same_bytes(
                 raise KeyboardInterrupt
             yield source
 
-    fields: dict[str, Any] = {"shard_rows": 3, "chunk_size": 1}
+    fields: dict[str, Any] = {"shard_rows": 3, "batch_size": 1}
     with pytest.raises(Interrupted, match=r"images are done and kept in .*codes\.npz\.parts"):
         run_in_threads(fake_encoder, stopped(), out, **fields)
     assert not out.exists()
-    finished = len(list(Parts.beside(out).folder.glob("part-*.json")))
+    finished = len(list(ShardStore(out).folder.glob("part-*.json")))
     read: list[str] = []
-    real = Work._take
+    real = EncodeWorker._take
     monkeypatch.setattr(
-        Work,
+        EncodeWorker,
         "_take",
         lambda self, reading, position, source: (
             read.append(source.id),
@@ -380,11 +401,12 @@ def test_an_interrupted_run_keeps_its_shards_and_goes_on_to_the_same_bytes(
         ),
     )
     outcome = run_in_threads(fake_encoder, iter(found(picture_folder)), out, **fields)
-    assert outcome.resumed == 3 * finished > 0
-    assert len(read) == 12 - 3 * finished
+    has_failed = finished > 1  # 04.png is in the second shard, and is tried again
+    assert outcome.resumed == 3 * finished - has_failed > 0
+    assert len(read) == 12 - 3 * finished + has_failed
     assert out.read_bytes() == whole.read_bytes()
     assert errors_path(out).read_bytes() == errors_path(whole).read_bytes()
-    assert not Parts.beside(out).folder.exists()
+    assert not ShardStore(out).folder.exists()
 
 
 def test_a_shard_whose_files_have_changed_is_made_again(
@@ -396,7 +418,7 @@ def test_a_shard_whose_files_have_changed_is_made_again(
         yield from found(picture_folder)[:10]
         raise KeyboardInterrupt
 
-    fields: dict[str, Any] = {"shard_rows": 4, "chunk_size": 1}
+    fields: dict[str, Any] = {"shard_rows": 4, "batch_size": 1}
     with pytest.raises(Interrupted):
         run_in_threads(fake_encoder, stopped(), out, **fields)
     Image.fromarray(np.zeros((8, 8), np.uint8)).save(picture_folder / "01.png")
@@ -417,13 +439,13 @@ def test_a_run_with_other_options_discards_the_shards_and_says_so(
         raise KeyboardInterrupt
 
     with pytest.raises(Interrupted):
-        run_in_threads(fake_encoder, stopped(), out, shard_rows=4, chunk_size=1)
+        run_in_threads(fake_encoder, stopped(), out, shard_rows=4, batch_size=1)
     said: list[str] = []
-    job = Job(out=out, shard_rows=4)
+    again = job(out, shard_rows=4)
     options = EncodeOptions(tau=0.3)
-    with threads(fake_encoder, 2, options) as pool, Parts.beside(out).locked():
+    with threads(fake_encoder, 2, options) as pool, ShardStore(out).locked():
         outcome = run_job(
-            job,
+            again,
             pool,
             iter(found(picture_folder)),
             16,
@@ -442,7 +464,7 @@ def test_no_readable_image_at_all_is_an_error_with_the_first_reason(
     folder.mkdir()
     (folder / "a.jpg").write_bytes(b"")
     out = tmp_path / "codes.npz"
-    with pytest.raises(InputError, match=r"none of 1 image files can be read; .* a\.jpg: empty"):
+    with pytest.raises(InputError, match=r"none of 1 inputs can be read; .* a\.jpg: empty"):
         run_in_threads(fake_encoder, iter(found(folder)), out)
     assert errors_path(out).exists()
     assert not out.exists()
@@ -452,7 +474,7 @@ def test_the_list_of_an_earlier_run_is_removed_when_every_file_can_be_read(
     fake_encoder: Encoder, picture_folder: Path, tmp_path: Path
 ) -> None:
     out = tmp_path / "codes.npz"
-    errors_path(out).write_text("{}\n")
+    errors_path(out).write_text('{"id": "a", "reason": "b"}\n')
     run_in_threads(fake_encoder, iter(found(picture_folder)), out)
     assert not errors_path(out).exists()
 
@@ -463,7 +485,7 @@ def test_on_error_fail_stops_at_the_first_bad_file_and_names_it(
     (picture_folder / "07.png").write_bytes(b"text")
     out = tmp_path / "codes.npz"
     with pytest.raises(InputError, match=r"07\.png: not an image"):
-        run_in_threads(fake_encoder, iter(found(picture_folder)), out, fails_at_once=True)
+        run_in_threads(fake_encoder, iter(found(picture_folder)), out, on_error="fail")
     assert not out.exists()
 
 
@@ -479,27 +501,27 @@ def test_progress_counts_every_file(fake_encoder: Encoder, picture_folder: Path)
             raise AssertionError
 
     out = picture_folder.parent / "codes.npz"
-    with threads(fake_encoder) as pool, Parts.beside(out).locked():
-        run_job(Job(out=out), pool, iter(found(picture_folder)), 16, report=Report())
+    with threads(fake_encoder) as pool, ShardStore(out).locked():
+        run_job(job(out), pool, iter(found(picture_folder)), 16, report=Report())
     assert seen[-1] == 13
 
 
 def test_chunks_grow_with_the_speed_and_stay_within_bounds() -> None:
-    def piece(images: int, seconds: float) -> Piece:
-        spent = Seconds(decode=seconds)
+    def result(images: int, seconds: float) -> ChunkResult:
+        spent = StageSeconds(decode=seconds)
         rows: Any = None
-        return Piece(0, rows, [], [], [""] * images, spent, [], [])
+        return ChunkResult(rows=rows, signatures=[""] * images, seconds=spent)
 
     size = ChunkSize()
     assert size.value == 16
-    size.learn(piece(16, 16 * 20e-6))
+    size.learn(result(16, 16 * 20e-6))
     assert size.value == 1024
-    size.learn(piece(16, 16 * 1e-3))
+    size.learn(result(16, 16 * 1e-3))
     assert size.value == 64
-    size.learn(piece(16, 16 * 1.0))
+    size.learn(result(16, 16 * 1.0))
     assert size.value == 8
     fixed = ChunkSize(5)
-    fixed.learn(piece(16, 16 * 20e-6))
+    fixed.learn(result(16, 16 * 20e-6))
     assert fixed.value == 5
 
 
@@ -534,8 +556,137 @@ def test_the_default_is_one_process_for_each_usable_processor(
     tiny_bundle: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr("vsc_serve.executors.choose.usable_cpus", lambda: 3)
-    manifest = open_bundle(tiny_bundle).manifest
-    pool = open_pool(tiny_bundle, manifest, device="cpu")
+    bundle = open_bundle(tiny_bundle)
+    pool = open_executor(bundle, how=ExecutorOptions(device="cpu"))
     assert (pool.workers, pool.kind) == (3, "processes")
-    pool = open_pool(tiny_bundle, manifest, device="cpu", workers=0)
+    pool = open_executor(bundle, how=ExecutorOptions(device="cpu", workers=0))
     assert (pool.workers, pool.kind) == (3, "threads")
+
+
+class Flaky:
+    """A source that fails until it is mended: a plugin that is missing, a store that is down."""
+
+    def __init__(self, name: str, path: Path, error: Exception) -> None:
+        self.id, self._path = name, path
+        self.error: Exception | None = error
+
+    def read(self) -> bytes:
+        if self.error is not None:
+            raise self.error
+        return self._path.read_bytes()
+
+
+def flaky_sources(folder: Path, places: Sequence[int], error: Exception) -> list[Any]:
+    sources: list[Any] = found(folder)
+    for place in places:
+        sources[place] = Flaky(sources[place].id, folder / sources[place].id, error)
+    return sources
+
+
+@pytest.mark.parametrize("shard_rows", [3, 5, 100])
+@pytest.mark.parametrize("batch_size", [1, 2, None])
+def test_failures_are_tried_again_and_only_successes_are_reused(
+    fake_encoder: Encoder,
+    picture_folder: Path,
+    tmp_path: Path,
+    shard_rows: int,
+    batch_size: int | None,
+) -> None:
+    whole, out = tmp_path / "whole.npz", tmp_path / "codes.npz"
+    run_in_threads(fake_encoder, iter(found(picture_folder)), whole)
+    error = InputError("needs pillow-heif", kind="package missing")
+    sources = flaky_sources(picture_folder, [0, 4, 5, 11], error)
+    fields: dict[str, Any] = {"shard_rows": shard_rows, "batch_size": batch_size, "is_strict": True}
+    with pytest.raises(InputError, match="--strict: 4 of 12 inputs cannot be read"):
+        run_in_threads(fake_encoder, iter(sources), out, **fields)
+    sources[4].error = None
+    with pytest.raises(InputError, match="--strict: 3 of 12 inputs cannot be read"):
+        run_in_threads(fake_encoder, iter(sources), out, **fields)
+    listed = [json.loads(line) for line in errors_path(out).read_text().splitlines()]
+    assert [one["id"] for one in listed] == [sources[place].id for place in (0, 5, 11)]
+    assert {one["kind"] for one in listed} == {"package missing"}
+    for place in (0, 5, 11):
+        sources[place].error = None
+    outcome = run_in_threads(fake_encoder, iter(sources), out, **fields)
+    assert (outcome.resumed, outcome.rejected, outcome.statistics.images) == (9, 0, 12)
+    assert outcome.statistics.fresh == 12
+    assert outcome.statistics.decisions.judged == 12
+    assert out.read_bytes() == whole.read_bytes()
+    assert not errors_path(out).exists()
+
+
+def test_a_shard_of_failures_alone_gains_its_rows(
+    fake_encoder: Encoder, picture_folder: Path, tmp_path: Path
+) -> None:
+    out, options = tmp_path / "codes.npz", EncodeOptions(uncertainty=False)
+    sources = flaky_sources(picture_folder, [3, 4, 5], InputError("no", kind="broken"))
+    fields: dict[str, Any] = {"shard_rows": 3, "is_strict": True}
+    with pytest.raises(InputError, match="3 of 12"):
+        run_in_threads(fake_encoder, iter(sources), out, **fields)
+    for place in (3, 4, 5):
+        sources[place].error = None
+    outcome = run_in_threads(fake_encoder, iter(sources), out, **fields)
+    assert outcome.statistics.images == 12
+    pixels = np.stack([np.asarray(Image.open(picture_folder / one.id)) for one in sources])
+    expected = fake_encoder.encode_rows(pixels[..., None], options).codes
+    assert read_codes(out).codes.toarray().tobytes() == expected.toarray().tobytes()
+
+
+def test_a_source_that_goes_away_stops_the_run_which_can_resume(
+    fake_encoder: Encoder, picture_folder: Path, tmp_path: Path
+) -> None:
+    whole, out = tmp_path / "whole.npz", tmp_path / "codes.npz"
+    run_in_threads(fake_encoder, iter(found(picture_folder)), whole)
+    out.write_bytes(b"earlier codes")
+    error = SourceUnavailable("07.png: 503 Service Unavailable.")
+    sources = flaky_sources(picture_folder, [7], error)
+    fields: dict[str, Any] = {"shard_rows": 3, "batch_size": 1}
+    with pytest.raises(SourceUnavailable) as stopped:
+        run_in_threads(fake_encoder, iter(sources), out, **fields)
+    assert stopped.value.exit_code == 3
+    assert re.fullmatch(
+        r"07\.png: 503 Service Unavailable\. 6 images are done and kept in .*codes\.npz\.parts: run"
+        r" the same command again to resume\.",
+        str(stopped.value),
+    )
+    assert out.read_bytes() == b"earlier codes"
+    assert not errors_path(out).exists()
+    sources[7].error = None
+    outcome = run_in_threads(fake_encoder, iter(sources), out, **fields)
+    assert outcome.resumed == 6
+    assert out.read_bytes() == whole.read_bytes()
+
+
+@pytest.mark.slow
+def test_a_source_that_goes_away_stops_processes_too(
+    tiny_bundle: Path, pictures: Path, hostile: ModuleType
+) -> None:
+    sources = found(pictures)
+    sources.insert(20, hostile.Gone("gone.png"))
+    with (
+        processes(tiny_bundle) as pool,
+        pytest.raises(SourceUnavailable, match=r"gone\.png: Stale file handle"),
+    ):
+        collect(batches(pool, iter(sources), 4))
+
+
+@pytest.mark.slow
+def test_workers_take_a_path_object_in_the_import_path(
+    tiny_bundle: Path, pictures: Path, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    monkeypatch.setattr(sys, "path", [*sys.path, tmp_path / "it's"])
+    with processes(tiny_bundle, 1) as pool:
+        assert len(collect(batches(pool, iter(found(pictures)), None))[0]) == 40
+
+
+def test_an_image_over_the_limit_of_pixels_is_rejected_and_the_limit_can_be_raised(
+    fake_encoder: Encoder, picture_folder: Path
+) -> None:
+    Image.new("L", (50, 50)).save(picture_folder / "large.png")
+    sources = found(picture_folder)
+    for limit, count in ((64, 12), (2500, 13)):
+        read = ReadOptions(max_pixels=limit)
+        with ThreadExecutor(EncodeWorker(fake_encoder, PLAIN, read), 1) as pool:
+            ids, _, bad = collect(batches(pool, iter(sources), None))
+        assert len(ids) == count
+        assert [name for name, _ in bad] == ["large.png"][: 13 - count]

@@ -1,6 +1,7 @@
-"""Whole requests without a command line: updates, shares, folders, arrays."""
+"""Whole jobs without a command line: updates, shares, folders, arrays."""
 
-from contextlib import AbstractContextManager, nullcontext
+from collections.abc import Iterator
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from pathlib import Path
 from typing import Any
 
@@ -11,10 +12,13 @@ from PIL import Image
 from vsc_serve.codes import CodeFile, CodeRows, dense_to_csr, join_codes, read_codes
 from vsc_serve.console import Progress
 from vsc_serve.encoder import Encoder
-from vsc_serve.errors import InputError, UsageError
-from vsc_serve.executors.digests import KnownDigests, save_digests
-from vsc_serve.options import EncodeOptions
-from vsc_serve.pipeline import OldCodes, Outcome, Request, encode_to_file, plan
+from vsc_serve.errors import InputError, Interrupted, UsageError
+from vsc_serve.executors import ArrayExecutor, ArrayRow, ExecutorOptions
+from vsc_serve.executors.digests import DigestTable, save_digests
+from vsc_serve.options import PLAIN, EncodeOptions
+from vsc_serve.pipeline import Job, Outcome, batches, encode_to_file, plan
+from vsc_serve.pipeline.shards import ShardStore
+from vsc_serve.pipeline.update import PreviousCodes
 
 
 class Silence:
@@ -48,14 +52,15 @@ class Runs:
         self.bundle, self.pictures = bundle, pictures
         self.said: list[str] = []
 
-    def request(self, out: Path, **fields: Any) -> Request:
-        given = {"inputs": [str(self.pictures)], "workers": 0, "shard_rows": 15} | fields
-        return Request(out=out, model=self.bundle, device="cpu", **given)
+    def job(self, out: Path, **fields: Any) -> Job:
+        given = {"inputs": [str(self.pictures)], "shard_rows": 15} | fields
+        how = ExecutorOptions(device="cpu", workers=0)
+        return Job(out=out, model=self.bundle, executor=how, **given)
 
     def __call__(self, out: Path, **fields: Any) -> Outcome:
         self.said.clear()
         outcome, _, _ = encode_to_file(
-            self.request(out, **fields),
+            self.job(out, **fields),
             say=lambda label, text: self.said.append(f"{label}: {text}"),
             show=show,
         )
@@ -82,13 +87,13 @@ def test_update_encodes_only_new_and_changed_files_and_drops_what_is_gone(
     out, fresh = tmp_path / name, tmp_path / f"fresh-{name}"
     options = {"is_update": True}
     first = run(out, **options)
-    assert (first.figures.rows, first.figures.fresh) == (39, 39)
+    assert (first.statistics.images, first.statistics.fresh) == (39, 39)
     assert run.said[-1].endswith("is not there yet")
     second = run(out, **options)
-    assert (second.figures.rows, second.figures.fresh, second.bad) == (39, 0, 1)
+    assert (second.statistics.images, second.statistics.fresh, second.rejected) == (39, 0, 1)
     change(run.pictures)
     third = run(out, **options)
-    assert (third.figures.rows, third.figures.fresh) == (39, 2)
+    assert (third.statistics.images, third.statistics.fresh) == (39, 2)
     run(fresh, **options)
     if out.is_dir():
         for path in fresh.iterdir():
@@ -110,7 +115,7 @@ def test_old_and_fresh_rows_come_in_their_order_with_what_belongs_to_them() -> N
 
     old_rows, fresh = [0, 1, 2, 3, 4], [5, 6, 7, 8]
     stored = rows(old_rows)
-    old = OldCodes(CodeFile(stored.codes, [], {}, stored.gamma, stored.sigma, []))
+    old = PreviousCodes(CodeFile(stored.codes, [], {}, stored.gamma, stored.sigma, []))
     merged = old.merge(rows(fresh), [4, -1, -1, 0, 0, -1, 2, -1])
     expected = dense[[4, 5, 6, 0, 0, 7, 2, 8]]
     np.testing.assert_array_equal(merged.codes.toarray(), expected)
@@ -121,7 +126,7 @@ def test_old_and_fresh_rows_come_in_their_order_with_what_belongs_to_them() -> N
 def test_a_digest_is_found_among_others_that_begin_alike(tmp_path: Path) -> None:
     digests = ["00" * 8 + f"{number:02x}" * 24 for number in range(9)] + ["ff" * 32]
     save_digests(tmp_path / "known.npy", digests)
-    known = KnownDigests.load(tmp_path / "known.npy")
+    known = DigestTable.load(tmp_path / "known.npy")
     assert [known.row_of(bytes.fromhex(digest)) for digest in digests] == list(range(10))
     assert known.row_of(b"\x00" * 31 + b"\x01") == -1
     assert known.row_of(b"\x77" * 32) == -1
@@ -133,10 +138,10 @@ def test_update_encodes_everything_when_the_old_codes_cannot_serve(
     out = tmp_path / "codes.npz"
     run(out)
     outcome = run(out, is_update=True)
-    assert outcome.figures.fresh == 39
+    assert outcome.statistics.fresh == 39
     assert "was made without --update" in run.said[-1]
     outcome = run(out, is_update=True, options=EncodeOptions(tau=0.3))
-    assert outcome.figures.fresh == 39
+    assert outcome.statistics.fresh == 39
     assert "has another tau: 0.5" in run.said[-1]
 
 
@@ -181,17 +186,135 @@ def test_an_array_goes_the_same_way_as_its_pictures(run: Runs, tmp_path: Path) -
     assert stored.codes.toarray().tobytes() == expected.toarray().tobytes()
 
 
+@pytest.fixture
+def images_npy(tmp_path: Path) -> Path:
+    pixels = np.random.default_rng(0).integers(0, 256, (37, 4, 4), np.uint8)
+    np.save(tmp_path / "images.npy", pixels)
+    return tmp_path / "images.npy"
+
+
+def test_shares_of_an_array_joined_are_the_whole(
+    run: Runs, images_npy: Path, tmp_path: Path
+) -> None:
+    whole = tmp_path / "whole.npz"
+    run(whole, inputs=[str(images_npy)])
+    outs = [tmp_path / f"{number}.npz" for number in (1, 2, 3)]
+    for number, out in enumerate(outs, 1):
+        run(out, inputs=[str(images_npy)], share=(number, 3))
+    join_codes(outs, tmp_path / "all.npz", read_codes(whole).meta)
+    assert (tmp_path / "all.npz").read_bytes() == whole.read_bytes()
+
+
+def test_an_array_resumes_at_the_row_where_it_stopped(
+    run: Runs, images_npy: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    whole, out = tmp_path / "whole.npz", tmp_path / "codes.npz"
+    fields: dict[str, Any] = {"inputs": [str(images_npy)], "shard_rows": 10, "batch_size": 5}
+    run(whole, **fields)
+    real, left = Encoder.encode_counted, 7 + 1  # the probe of the bundle is the first
+
+    def stop_late(self: Encoder, rows: Any, options: EncodeOptions) -> Any:
+        nonlocal left
+        left -= 1
+        if not left:
+            raise KeyboardInterrupt
+        return real(self, rows, options)
+
+    monkeypatch.setattr(Encoder, "encode_counted", stop_late)
+    with pytest.raises(Interrupted, match="20 images are done"):
+        run(out, **fields)
+    monkeypatch.undo()
+    assert run(out, **fields).resumed == 20
+    assert out.read_bytes() == whole.read_bytes()
+
+
+@pytest.mark.parametrize("kind", [np.float16, np.float32, np.float64])
+def test_a_vector_that_is_not_finite_costs_its_row_and_no_other(
+    vector_encoder: Encoder, tmp_path: Path, kind: type
+) -> None:
+    vectors = np.random.default_rng(0).normal(size=(50, 64)).astype(kind)
+    vectors[[3, 20, 49], [0, 5, 63]] = [np.nan, np.inf, -np.inf]
+    rows = [ArrayRow(str(number), number) for number in range(50)]
+    with ArrayExecutor(vector_encoder, vectors, PLAIN) as executor:
+        found = list(batches(executor, iter(rows), 16))
+    rejected = [one for batch in found for one in batch.rejected]
+    reason = "holds values that are not finite (NaN or infinity)"
+    assert rejected == [(name, reason) for name in ("3", "20", "49")]
+    ids = [int(name) for batch in found for name in batch.ids]
+    assert ids == [number for number in range(50) if number not in (3, 20, 49)]
+    codes = np.concatenate([batch.rows.codes.toarray() for batch in found])
+    expected = vector_encoder.encode(vectors[ids].astype(np.float32))
+    np.testing.assert_array_equal(codes, expected.toarray())
+
+
+def test_a_number_that_float32_cannot_hold_is_not_finite(vector_encoder: Encoder) -> None:
+    vectors = np.zeros((2, 64))
+    vectors[1, 7] = 1e200
+    rows = [ArrayRow("a", 0), ArrayRow("b", 1)]
+    (batch,) = batches(ArrayExecutor(vector_encoder, vectors, PLAIN), iter(rows), None)
+    assert [name for name, _ in batch.rejected] == ["b"]
+
+
+def test_another_run_that_finished_first_is_not_overwritten(
+    run: Runs, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    out = tmp_path / "codes.npz"
+    real = ShardStore.locked
+
+    @contextmanager
+    def locked(self: ShardStore) -> Iterator[None]:
+        out.write_bytes(b"the other run's")  # between the first check and the lock
+        with real(self):
+            yield
+
+    monkeypatch.setattr(ShardStore, "locked", locked)
+    with pytest.raises(UsageError, match="exists already"):
+        run(out)
+    assert out.read_bytes() == b"the other run's"
+
+
+def test_an_input_is_never_the_output(run: Runs, tmp_path: Path) -> None:
+    before = sorted(path.name for path in run.pictures.iterdir())
+    for out in (run.pictures, run.bundle):
+        with pytest.raises(UsageError, match=r"holds the input|not a folder of codes"):
+            run(out, force=True)
+    assert sorted(path.name for path in run.pictures.iterdir()) == before
+
+
+def test_a_neighbour_that_is_no_list_of_ours_is_kept(run: Runs, tmp_path: Path) -> None:
+    (tmp_path / "codes.errors.jsonl").write_text("my own notes")
+    with pytest.raises(UsageError, match=r"codes\.errors\.jsonl: not a list of inputs"):
+        run(tmp_path / "codes.npz")
+    assert (tmp_path / "codes.errors.jsonl").read_text() == "my own notes"
+    (tmp_path / "codes.errors.jsonl").unlink()
+    (tmp_path / "codes.npz.parts").mkdir()
+    (tmp_path / "codes.npz.parts" / "part-00000.npz").write_text("mine")
+    with pytest.raises(UsageError, match="is not the shards of an unfinished run"):
+        run(tmp_path / "codes.npz")
+    assert (tmp_path / "codes.npz.parts" / "part-00000.npz").read_text() == "mine"
+
+
+def test_nothing_stays_of_a_run_without_a_row_but_the_reasons(run: Runs, tmp_path: Path) -> None:
+    empty = tmp_path / "broken"
+    empty.mkdir()
+    (empty / "a.png").write_bytes(b"")
+    out = tmp_path / "out" / "codes.npz"
+    with pytest.raises(InputError, match=r"No codes were written. All reasons are in .*errors"):
+        run(out, inputs=[str(empty)])
+    assert [path.name for path in out.parent.iterdir()] == ["codes.errors.jsonl"]
+
+
 def test_an_output_of_unknown_kind_is_refused(run: Runs, tmp_path: Path) -> None:
     with pytest.raises(UsageError, match=r"must end in \.npz or \.parquet, or be a folder"):
-        run.request(tmp_path / "codes.csv")
+        run.job(tmp_path / "codes.csv")
     with pytest.raises(UsageError, match="--update works on"):
-        run.request(tmp_path / "codes.parquet", is_update=True)
+        run.job(tmp_path / "codes.parquet", is_update=True)
 
 
 def test_a_plan_counts_and_writes_nothing(run: Runs, tmp_path: Path) -> None:
     (run.pictures / "notes.txt").write_text("x")
     out = tmp_path / "codes.npz"
-    scan, finished, _ = plan(run.request(out))
+    scan, finished, _ = plan(run.job(out))
     assert (scan.sources, sum(scan.skipped.values()), finished) == (40, 1, 0)
     assert not out.exists()
     assert not (tmp_path / "codes.npz.parts").exists()
@@ -199,7 +322,7 @@ def test_a_plan_counts_and_writes_nothing(run: Runs, tmp_path: Path) -> None:
 
 def test_strict_writes_the_list_and_no_codes(run: Runs, tmp_path: Path) -> None:
     out = tmp_path / "codes.npz"
-    with pytest.raises(InputError, match="--strict: 1 of 40 files cannot be read"):
+    with pytest.raises(InputError, match="--strict: 1 of 40 inputs cannot be read"):
         run(out, is_strict=True)
     assert not out.exists()
     assert "09.png" in (tmp_path / "codes.errors.jsonl").read_text()

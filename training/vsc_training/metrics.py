@@ -8,7 +8,7 @@ from typing import Any, Final
 import torch
 from torch import Tensor
 
-from vsc_serve.analysis.features import ALWAYS_ON_SHARE, LIVE_SHARE
+from vsc_serve.codes import ALWAYS_ON_SHARE, LIVE_SHARE
 from vsc_training.config import Recipe
 from vsc_training.model import VSC
 from vsc_training.objective import kl_prior, selection_cost

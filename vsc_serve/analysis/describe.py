@@ -4,9 +4,8 @@ import json
 from pathlib import Path
 from typing import Any
 
-from vsc_serve.analysis.features import feature_summary
 from vsc_serve.bundle import MANIFEST, open_bundle
-from vsc_serve.codes import is_shard_folder, part_paths, read_codes
+from vsc_serve.codes import CodeStatistics, is_shard_folder, part_paths, read_codes
 from vsc_serve.errors import InputError, UsageError
 
 _RUN_SUMMARY = "run.json"
@@ -79,7 +78,7 @@ def _describe_codes(path: Path) -> dict[str, Any]:
     return {
         "kind": f"sparse codes, format {stored.meta.get('format', 'plain scipy')}{shards}",
         **{name: value for name, value in stored.meta.items() if name != "format"},
-        **feature_summary(stored.codes),
+        **CodeStatistics.of(stored.codes).summary(),
         "entries": stored.codes.nnz,
         **({"also holds": ", ".join(optional)} if optional else {}),
         "bytes": sum(file.stat().st_size for file in files),

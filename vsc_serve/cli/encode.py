@@ -2,13 +2,14 @@
 
 import json
 import os
+import shlex
 import sys
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager, suppress
 from dataclasses import asdict
 from pathlib import Path
 from threading import Thread
-from typing import TYPE_CHECKING, Annotated, Any, Final
+from typing import TYPE_CHECKING, Annotated, Any, Final, Literal
 
 import typer
 
@@ -25,15 +26,18 @@ from vsc_serve.console import Progress, ending_cleanly, progress, require_extra,
 from vsc_serve.errors import UsageError, VscError
 
 if TYPE_CHECKING:
-    from vsc_serve.pipeline import Figures, Outcome, Pool, Request, Scan
+    from vsc_serve.codes import CodeStatistics
+    from vsc_serve.pipeline import Encoded, Job, Scan
 
 _SHARD_ROWS: Final = 100_000
+_MAX_PIXELS: Final = 89_478_485
 _ONE: Final = {"processes": "process", "threads": "thread"}
-_CHOICES: Final = {
-    "ids": ("relative", "absolute", "name"),
-    "on-error": ("skip", "fail"),
-    "view": ("mean", "gamma", "spike"),
-}
+
+# The same as `View`, `Ids` and `OnError`, which importing would load scipy for `vsc --help`; a test
+# compares them.
+_View = Literal["mean", "gamma", "spike"]
+_Ids = Literal["relative", "absolute", "name"]
+_OnError = Literal["skip", "fail"]
 
 
 def encode(
@@ -47,7 +51,7 @@ def encode(
     tau: Annotated[
         float | None, typer.Option(help="Spike threshold in place of the model's.")
     ] = None,
-    view: Annotated[str, typer.Option(help="Values: mean, gamma or spike.")] = "mean",
+    view: Annotated[_View, typer.Option(help="Values: mean, gamma or spike.")] = "mean",
     max_active: Annotated[
         int | None, typer.Option(help="Keep this many active latents of an image.")
     ] = None,
@@ -58,14 +62,16 @@ def encode(
     exclude: Annotated[
         list[str] | None, typer.Option(help="Pattern of paths to leave out; repeatable.")
     ] = None,
-    ids: Annotated[str, typer.Option(help="relative, absolute or name.")] = "relative",
+    ids: Annotated[_Ids, typer.Option(help="relative, absolute or name.")] = "relative",
     update: Annotated[
         bool, typer.Option("--update", help="Encode only what is new or changed since --out.")
     ] = False,
     shard: Annotated[str, typer.Option(help="Do share i of n of the images: 2/4.")] = "1/1",
     shard_rows: Annotated[int, typer.Option(help="Images a shard.")] = _SHARD_ROWS,
     compress: Annotated[bool, typer.Option("--compress", help="Deflate the numbers.")] = False,
-    on_error: Annotated[str, typer.Option(help="skip or fail at an unreadable file.")] = "skip",
+    on_error: Annotated[
+        _OnError, typer.Option(help="skip or fail at an unreadable file.")
+    ] = "skip",
     strict: Annotated[
         bool, typer.Option("--strict", help="Exit 3 if any file is unreadable.")
     ] = False,
@@ -73,6 +79,9 @@ def encode(
         int | None, typer.Option(help="Processes (default: all processors; 0: threads).")
     ] = None,
     batch_size: Annotated[int | None, typer.Option(help="Images a batch.")] = None,
+    max_pixels: Annotated[
+        int, typer.Option(help="Largest image that is decoded, in pixels.", min=1)
+    ] = _MAX_PIXELS,
     dry_run: Annotated[
         bool, typer.Option("--dry-run", help="Only say what would be done.")
     ] = False,
@@ -80,62 +89,74 @@ def encode(
     as_json: JsonOption = False,
 ) -> None:
     """Encode images into a file of sparse codes."""
+    from vsc_serve.executors import ExecutorOptions, ReadOptions
     from vsc_serve.options import EncodeOptions
-    from vsc_serve.pipeline import Request
+    from vsc_serve.pipeline import Job
 
-    request = Request(
+    job = Job(
         inputs=inputs,
         out=out,
         model=find_model(model),
-        options=EncodeOptions(
-            tau=tau, view=_one_of("view", view), max_active=max_active, uncertainty=uncertainty
+        options=EncodeOptions(tau=tau, view=view, max_active=max_active, uncertainty=uncertainty),
+        executor=ExecutorOptions(
+            device=check_device(device),
+            workers=workers,
+            read=ReadOptions(max_pixels=max_pixels),
         ),
-        device=check_device(device),
+        batch_size=batch_size,
         exclude=exclude or [],
-        ids=_one_of("ids", ids),
-        workers=workers,
-        batch_size=_at_least_one("batch-size", batch_size),
+        ids=ids,
         share=_read_share(shard),
-        shard_rows=_at_least_one("shard-rows", shard_rows) or _SHARD_ROWS,
+        shard_rows=shard_rows,
         is_update=update,
         compress=compress,
-        fails_at_once=_one_of("on-error", on_error) == "fail",
+        on_error=on_error,
         is_strict=strict,
         force=force,
     )
     with ending_cleanly():
         if dry_run:
-            _say_plan(request, as_json=as_json)
+            _say_plan(job, as_json=as_json)
         else:
-            _encode(request, as_json=as_json)
+            _encode(job, given_model=model, as_json=as_json)
 
 
-def _encode(request: "Request", *, as_json: bool) -> None:
+def _encode(job: "Job", *, given_model: Path | None, as_json: bool) -> None:
     from vsc_serve.pipeline import encode_to_file
 
     @contextmanager
     def show(unit: str) -> Iterator[Progress]:
         with progress("encode", None, unit) as shown:
             if sys.stderr.isatty():
-                Thread(target=_expect, args=(request, shown), daemon=True).start()
+                Thread(target=_expect, args=(job, shown), daemon=True).start()
             yield shown
 
-    convert = _write_parquet if request.out.suffix == ".parquet" else None
+    convert = _write_parquet if job.out.suffix == ".parquet" else None
     if convert is not None:
         require_extra("parquet", "pyarrow")
-    outcome, scan, pool = encode_to_file(request, say=say, show=show, convert=convert)
-    _say_encoded(request, outcome, scan, pool)
+    encoded = encode_to_file(job, say=say, show=show, convert=convert)
+    _say_encoded(job, encoded)
+    say("next", _next_command(job, given_model))
     if as_json:
-        print_text(json.dumps(_encoded_figures(request, outcome, scan)))
+        print_text(json.dumps(_encoded_metrics(job, encoded)))
 
 
-def _expect(request: "Request", shown: Progress) -> None:
-    """Count the pictures in folders beside the work, so that the bar can tell the time left."""
+def _next_command(job: "Job", given_model: Path | None) -> str:
+    """Return a command that works as it stands, but for the name of an image."""
+    out = shlex.quote(str(job.out))
+    if job.out.suffix == ".parquet":
+        return f"an index that reads Parquet; `vsc search` takes .npz: --out {job.out.stem}.npz"
+    own = "" if given_model is None else f" --model {shlex.quote(str(given_model))}"
+    return f"vsc search {out} --like {'ID' if job.is_array else 'IMAGE'} --explain{own}"
+
+
+def _expect(job: "Job", shown: Progress) -> None:
+    """Count the images in folders beside the work, so that the bar can tell the time left."""
     from vsc_serve.sources import find_sources
 
-    if request.share == (1, 1) and all(os.path.isdir(given) for given in request.inputs):  # noqa: PTH112
+    if job.share == (1, 1) and all(os.path.isdir(given) for given in job.inputs):  # noqa: PTH112
         with suppress(VscError):
-            found = find_sources(request.inputs, exclude=request.exclude, ids=request.ids)
+            found = find_sources(job.inputs, exclude=job.exclude, ids=job.ids)
             shown.expect(sum(1 for _ in found))
 
 
@@ -145,21 +166,21 @@ def _write_parquet(shards: Sequence[Path], out: Path) -> None:
     write_file(plan(shards, to="parquet"), out)
 
 
-def _say_plan(request: "Request", *, as_json: bool) -> None:
+def _say_plan(job: "Job", *, as_json: bool) -> None:
     """Say what would be done."""
     from vsc_serve.pipeline import plan
 
-    scan, finished, pool = plan(request)
+    scan, finished, executor = plan(job)
     left = scan.sources - finished
     say("scan", _scanned(scan))
-    say("would", f"encode {left:,} images with {pool.workers} {pool.kind} into {request.out}")
+    say("would", f"encode {left:,} images with {executor.workers} {executor.kind} into {job.out}")
     if finished:
         say("resume", f"{finished:,} images are done already")
-    if request.is_update and request.out.exists():
-        say("update", f"those with the same content as in {request.out} are read, not encoded")
+    if job.is_update and job.out.exists():
+        say("update", f"those with the same content as in {job.out} are read, not encoded")
     if as_json:
-        figures = {"images": scan.sources, "skipped": dict(scan.skipped), "done": finished}
-        print_text(json.dumps(figures | {"workers": pool.workers, "kind": pool.kind}))
+        counts = {"images": scan.sources, "skipped": dict(scan.skipped), "done": finished}
+        print_text(json.dumps(counts | {"workers": executor.workers, "kind": executor.kind}))
 
 
 def _scanned(scan: "Scan") -> str:
@@ -171,118 +192,79 @@ def _scanned(scan: "Scan") -> str:
     )
 
 
-def _encoded_figures(request: "Request", outcome: "Outcome", scan: "Scan") -> dict[str, Any]:
-    figures = outcome.figures
+def _encoded_metrics(job: "Job", encoded: "Encoded") -> dict[str, Any]:
+    outcome, statistics = encoded.outcome, encoded.outcome.statistics
     return {
-        "out": str(request.out),
-        "errors": outcome.bad,
+        "out": str(job.out),
+        "errors": outcome.rejected,
         "reasons": outcome.reasons,
-        "skipped": dict(scan.skipped),
-        "images": figures.rows,
-        "fresh": figures.fresh,
+        "skipped": dict(encoded.scan.skipped),
+        **statistics.summary(),
+        "fresh": statistics.fresh,
         "resumed": outcome.resumed,
-        "latents": len(figures.firing),
-        "active": figures.entries / figures.rows,
-        "empty": figures.empty,
-        "live": _live(figures),
-        "always_on": _always_on(figures),
-        "near_threshold": _near_share(figures),
+        "near_threshold": statistics.near_share,
         "seconds": asdict(outcome.seconds) | {"total": outcome.total_s},
     }
 
 
-def _say_encoded(request: "Request", outcome: "Outcome", scan: "Scan", pool: "Pool") -> None:
-    from vsc_serve.pipeline import errors_path
-
-    figures = outcome.figures
-    say("scan", _scanned(scan))
-    say("encode", _speed(outcome, pool))
+def _say_encoded(job: "Job", encoded: "Encoded") -> None:
+    outcome, statistics = encoded.outcome, encoded.outcome.statistics
+    say("scan", _scanned(encoded.scan))
+    say("encode", _speed(encoded))
     say(
         "codes",
-        f"{figures.rows:,} x {len(figures.firing)}, {figures.entries / figures.rows:.1f} active per"
-        f" image, {figures.empty:,} empty rows{_kept_energy(request, figures)}",
+        f"{statistics.images:,} x {statistics.latents}, {statistics.active:.1f} active per"
+        f" image, {statistics.empty:,} empty rows{_kept_energy(job, statistics)}",
     )
-    live, always_on = _live(figures), _always_on(figures)
     say(
         "features",
-        f"{live} live, {len(figures.firing) - live} dead, {always_on} always on{_near(figures)}",
+        f"{statistics.live} live, {statistics.dead} dead, {statistics.always_on} always"
+        f" on{_near(statistics)}",
     )
-    if outcome.bad:
-        reasons = ", ".join(f"{count} {reason}" for reason, count in _frequent(outcome.reasons))
-        listed = request.out / "errors.jsonl" if request.is_folder else errors_path(request.out)
-        say("skipped", f"{outcome.bad:,} files without a row ({reasons}): {listed}")
-    say("wrote", f"{request.out}  {_size(request.out) / 1e3:,.0f} kB")
-    say("next", f"vsc search {request.out} --like IMAGE --explain")
+    if outcome.rejected:
+        frequent = sorted(outcome.reasons.items(), key=lambda pair: -pair[1])
+        reasons = ", ".join(f"{count} {kind}" for kind, count in frequent)
+        say("skipped", f"{outcome.rejected:,} inputs without a row ({reasons}): {job.errors_path}")
+    say("wrote", f"{job.out}  {_size(job.out) / 1e3:,.0f} kB")
 
 
-def _speed(outcome: "Outcome", pool: "Pool") -> str:
+def _speed(encoded: "Encoded") -> str:
     """Say how fast it went, and where the time did."""
-    seconds, rows = outcome.seconds, outcome.figures.rows
+    outcome, statistics = encoded.outcome, encoded.outcome.statistics
+    seconds, images = outcome.seconds, statistics.images
     parts = {"read": seconds.read, "decode": seconds.decode, "model": seconds.model}
     busy = max(sum(parts.values()), 1e-9)
     shares = " | ".join(f"{name} {spent / busy:.0%}" for name, spent in parts.items())
-    new = outcome.figures.fresh if outcome.figures.fresh < rows else rows
-    repeated = f", {new:,} of them new" if new < rows else ""
+    is_all_new = statistics.fresh >= images
+    repeated = "" if is_all_new else f", {statistics.fresh:,} of them new"
     return (
-        f"{rows:,} images in {outcome.total_s:.1f} s{repeated},"
-        f" {rows / max(outcome.total_s, 1e-9):,.0f}/s, {_team(pool)}  ({shares})"
+        f"{images:,} images in {outcome.total_s:.1f} s{repeated},"
+        f" {images / max(outcome.total_s, 1e-9):,.0f}/s, {_workers(encoded)}  ({shares})"
     )
 
 
-def _team(pool: "Pool") -> str:
+def _workers(encoded: "Encoded") -> str:
     """Say how many worked: `2 processes`, `1 process`."""
-    word, space, rest = pool.kind.partition(" ")
-    return f"{pool.begun} {_ONE.get(word, word) if pool.begun == 1 else word}{space}{rest}"
+    started = encoded.executor.started
+    word, space, rest = encoded.executor.kind.partition(" ")
+    return f"{started} {_ONE.get(word, word) if started == 1 else word}{space}{rest}"
 
 
-def _kept_energy(request: "Request", figures: "Figures") -> str:
-    if request.options.max_active is None or not figures.total_energy:
+def _kept_energy(job: "Job", statistics: "CodeStatistics") -> str:
+    decisions = statistics.decisions
+    if job.options.max_active is None or not decisions.total_energy:
         return ""
-    return f", {figures.kept_energy / figures.total_energy:.1%} of the energy kept"
+    return f", {decisions.kept_energy / decisions.total_energy:.1%} of the energy kept"
 
 
-def _live(figures: "Figures") -> int:
-    from vsc_serve.analysis.features import LIVE_SHARE
-
-    return int((figures.firing >= LIVE_SHARE * figures.rows).sum())
-
-
-def _always_on(figures: "Figures") -> int:
-    from vsc_serve.analysis.features import ALWAYS_ON_SHARE
-
-    return int((figures.firing > ALWAYS_ON_SHARE * figures.rows).sum())
-
-
-def _near_share(figures: "Figures") -> float | None:
-    decisions = figures.judged * len(figures.firing)
-    return figures.near_threshold / decisions if decisions else None
-
-
-def _near(figures: "Figures") -> str:
-    share = _near_share(figures)
+def _near(statistics: "CodeStatistics") -> str:
+    share = statistics.near_share
     return "" if share is None else f"; {share:.2%} of decisions within 1e-4 of the threshold"
-
-
-def _frequent(reasons: dict[str, int]) -> list[tuple[str, int]]:
-    return sorted(reasons.items(), key=lambda pair: -pair[1])
 
 
 def _size(out: Path) -> int:
     files = out.iterdir() if out.is_dir() else [out]
     return sum(file.stat().st_size for file in files)
-
-
-def _one_of(option: str, choice: str) -> Any:
-    """Return the choice when it is one of the option's. Raises UsageError."""
-    if choice not in _CHOICES[option]:
-        raise UsageError(f"--{option} must be one of {', '.join(_CHOICES[option])}, not {choice}")
-    return choice
-
-
-def _at_least_one(option: str, number: int | None) -> int | None:
-    if number is not None and number < 1:
-        raise UsageError(f"--{option} must be 1 or more, not {number}")
-    return number
 
 
 def _read_share(text: str) -> tuple[int, int]:

@@ -18,7 +18,7 @@ _INT32_MAX: Final = 2**31 - 1
 
 @dataclass(frozen=True, kw_only=True)
 class CodeRows:
-    """Codes and what the model says about them."""
+    """Codes, and what the model says about each entry."""
 
     codes: Codes
     """One row per image."""
@@ -26,12 +26,6 @@ class CodeRows:
     """Spike probability of each entry of `codes.data`, if asked for."""
     sigma: NDArray[np.float32] | None = None
     """Standard deviation of the slab of each entry of `codes.data`, if asked for."""
-    near_threshold: int = 0
-    """Spike logits, of all images and latents, that lie in the guard band around the threshold."""
-    kept_energy: float = 0.0
-    """Sum of squared slab means over the entries of `codes`."""
-    total_energy: float = 0.0
-    """The same over all active latents, before `max_active` dropped the weakest."""
 
 
 def threshold_logit(tau: float) -> np.float32:
@@ -141,8 +135,15 @@ def stack_codes(parts: Sequence[Codes], latent_dim: int) -> Codes:
     return build_csr(data, indices, indptr, latent_dim)
 
 
+def empty_rows(latent_dim: int, *, aligned: bool = False) -> CodeRows:
+    """Return the codes of no images, with gamma and sigma where `aligned` says so."""
+    none = np.empty(0, np.float32) if aligned else None
+    codes = dense_to_csr(np.empty((0, latent_dim), np.float32))
+    return CodeRows(codes=codes, gamma=none, sigma=none)
+
+
 def stack_rows(parts: Sequence[CodeRows], latent_dim: int) -> CodeRows:
-    """Put rows below one another, and add their counts up. An empty sequence gives no rows.
+    """Put rows below one another. An empty sequence gives no rows.
 
     Raises:
         ValueError: Some parts have gamma or sigma, and others have not.
@@ -153,9 +154,20 @@ def stack_rows(parts: Sequence[CodeRows], latent_dim: int) -> CodeRows:
         codes=stack_codes([part.codes for part in parts], latent_dim),
         gamma=concatenate_aligned("gamma", [part.gamma for part in parts]),
         sigma=concatenate_aligned("sigma", [part.sigma for part in parts]),
-        near_threshold=sum(part.near_threshold for part in parts),
-        kept_energy=sum(part.kept_energy for part in parts),
-        total_energy=sum(part.total_energy for part in parts),
+    )
+
+
+def take_rows(rows: CodeRows, order: NDArray[np.int64]) -> CodeRows:
+    """Return the given rows in the given order."""
+    codes = rows.codes
+    lengths = np.diff(codes.indptr)[order]
+    bounds = np.zeros(len(order) + 1, np.int64)
+    np.cumsum(lengths, out=bounds[1:])
+    entries = np.repeat(codes.indptr[:-1][order] - bounds[:-1], lengths) + np.arange(bounds[-1])
+    return CodeRows(
+        codes=build_csr(codes.data[entries], codes.indices[entries], bounds, codes.shape[1]),
+        gamma=None if rows.gamma is None else rows.gamma[entries],
+        sigma=None if rows.sigma is None else rows.sigma[entries],
     )
 
 

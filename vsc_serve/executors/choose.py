@@ -1,95 +1,85 @@
-"""Choose and start what reads and encodes."""
+"""Choose and open what reads and encodes."""
 
 import logging
 import os
-from pathlib import Path
+from dataclasses import dataclass
 
-from vsc_serve.bundle import Manifest
+from vsc_serve.bundle import Bundle
 from vsc_serve.cpus import usable_cpus
 from vsc_serve.encoder import Encoder
 from vsc_serve.errors import DeviceError, UsageError
-from vsc_serve.executors.gpu import (
-    DevicePool,
-    compacts_on_device,
-    open_encoders,
-    read_setup,
-)
-from vsc_serve.executors.processes import ProcessPool
-from vsc_serve.executors.read import Setup, Work
-from vsc_serve.executors.task import Pool
-from vsc_serve.executors.threads import ThreadPool
+from vsc_serve.executors.gpu import GpuExecutor, open_encoders, read_spec
+from vsc_serve.executors.processes import ProcessExecutor
+from vsc_serve.executors.protocol import Executor
+from vsc_serve.executors.read import EncodeSpec, EncodeWorker, ReadOptions
+from vsc_serve.executors.threads import ThreadExecutor
 from vsc_serve.options import PLAIN, EncodeOptions
 from vsc_serve.session import Device, cuda_count, cuda_is_there
 
 logger = logging.getLogger(__name__)
 
 
-def open_pool(
-    model: Path,
-    manifest: Manifest,
+@dataclass(frozen=True, kw_only=True)
+class ExecutorOptions:
+    """Where and by how many workers images are read and encoded."""
+
+    device: Device = "auto"
+    """Where the model runs."""
+    workers: int | None = None
+    """Processes; by default one for each processor that this process may use; 0 is threads."""
+    read: ReadOptions = ReadOptions()  # noqa: RUF009  # frozen
+
+    def __post_init__(self) -> None:
+        if self.workers is not None and self.workers < 0:
+            raise UsageError(f"--workers must be 0 or more, not {self.workers}")
+
+
+def open_executor(
+    bundle: Bundle,
     options: EncodeOptions = PLAIN,
-    *,
-    device: Device = "auto",
-    workers: int | None = None,
-    has_digests: bool = False,
-    known: Path | None = None,
-) -> Pool:
+    how: ExecutorOptions = ExecutorOptions(),  # frozen
+) -> Executor:
     """Choose what reads and encodes; it starts when it is entered.
 
     On the CPU every worker is a process that decodes and runs a model of one thread: measured
     fastest for small images, as fast as threads for large ones, and a decoder that crashes takes
     only its worker along. With CUDA the processes only read, and this one runs a model a GPU.
-    `workers=0` is threads of this process, which start sooner.
+    Threads of this process start sooner.
 
     Args:
-        model: The bundle.
-        manifest: What its manifest says.
+        bundle: The model.
         options: How to encode.
-        device: Where the model runs.
-        workers: Processes; by default one for each processor that this process may use.
-        has_digests: Whether rows get the sha256 of what they were made from.
-        known: Where the digests of rows that need not be made again will be.
+        how: Where, and by how many.
 
     Raises:
-        UsageError: `workers` is negative.
         DeviceError: CUDA was asked for and cannot be used.
     """
-    if workers is not None and workers < 0:
-        raise UsageError(f"--workers must be 0 or more, not {workers}")
-    count = usable_cpus() if workers is None else workers
+    count = usable_cpus() if how.workers is None else how.workers
     if not count or os.name != "posix":
-        encoder = Encoder.open(model, device=device, threads=0 if device == "cuda" else 1)
-        work = Work(encoder, options, has_digests=has_digests, known=known)
-        return ThreadPool(work, count or usable_cpus())
-    if device == "cuda" or (device == "auto" and cuda_is_there()):
+        threads = 0 if how.device == "cuda" else 1
+        encoder = Encoder.open(bundle.path, device=how.device, threads=threads)
+        return ThreadExecutor(EncodeWorker(encoder, options, how.read), count or usable_cpus())
+    if how.device == "cuda" or (how.device == "auto" and cuda_is_there()):
         try:
-            return _open_on_cuda(model, manifest, options, count, has_digests, known)
+            return _open_on_cuda(bundle, options, count, how.read)
         except DeviceError as error:
-            if device == "cuda":
+            if how.device == "cuda":
                 raise
             logger.warning("using the CPU: %s", error)
-    setup = Setup(
-        model=model,
+    spec = EncodeSpec(
+        model=bundle.path,
         options=options,
-        latent_dim=manifest.latent_dim,
-        has_digests=has_digests,
-        known=known,
+        latent_dim=bundle.manifest.latent_dim,
+        read=how.read,
     )
-    return ProcessPool(setup, count)
+    return ProcessExecutor(spec, count)
 
 
 def _open_on_cuda(
-    model: Path,
-    manifest: Manifest,
-    options: EncodeOptions,
-    workers: int,
-    has_digests: bool,  # noqa: FBT001  # handed through
-    known: Path | None,
-) -> Pool:
-    """Start processes that read for a model on every GPU."""
+    bundle: Bundle, options: EncodeOptions, workers: int, read: ReadOptions
+) -> Executor:
+    """Spawn processes that read for a model on every GPU."""
     device_count = max(cuda_count(), 1)  # without any, opening the model says what is missing
-    encoders, provenance = open_encoders(model, options, "cuda", device_count)
-    setup = read_setup(manifest, device_count, has_digests=has_digests, known=known)
-    counts_near = not compacts_on_device(manifest, options)
-    readers = ProcessPool(setup, workers)
-    return DevicePool(setup, readers, encoders, provenance, counts_near=counts_near)
+    encoders, provenance = open_encoders(bundle, options, "cuda", device_count)
+    spec = read_spec(bundle.manifest, device_count, read)
+    return GpuExecutor(spec, ProcessExecutor(spec, workers), encoders, provenance)

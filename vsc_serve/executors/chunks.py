@@ -5,7 +5,7 @@ from collections.abc import Iterator
 from itertools import islice
 from typing import Final
 
-from vsc_serve.executors.task import CHUNK, Chunk, Piece
+from vsc_serve.executors.task import LARGEST_CHUNK, Chunk, ChunkResult
 from vsc_serve.sources import Source
 
 _SMALLEST: Final = 8
@@ -25,22 +25,24 @@ class ChunkSize:
     Args:
         fixed: Sources in a chunk, if they are not to be measured.
         largest: Sources in a chunk at most.
-        workers: Who the chunks are for: towards the end they shrink, so that nobody is left with a
-            whole chunk while the others have none.
+        workers: Towards the end chunks shrink, so that no worker is left with a whole chunk while
+            the others have none.
     """
 
-    def __init__(self, fixed: int | None = None, largest: int = CHUNK, workers: int = 1) -> None:
+    def __init__(
+        self, fixed: int | None = None, largest: int = LARGEST_CHUNK, workers: int = 1
+    ) -> None:
         self._is_fixed = fixed is not None
         self._largest = largest
         self._shares = workers * _ROUNDS_AHEAD if workers > 1 else 1
         self.value = min(fixed or FIRST, largest)
 
-    def learn(self, piece: Piece) -> None:
-        """Take note of how long a piece took."""
-        spent = piece.seconds.read + piece.seconds.decode + piece.seconds.model
-        if self._is_fixed or not piece.stamps or spent <= 0:
+    def learn(self, result: ChunkResult) -> None:
+        """Take note of how long a chunk took."""
+        spent = result.seconds.read + result.seconds.decode + result.seconds.model
+        if self._is_fixed or not result.signatures or spent <= 0:
             return
-        fitting = _CHUNK_S / spent * len(piece.stamps)
+        fitting = _CHUNK_S / spent * len(result.signatures)
         power = 1 << max(int(fitting), 1).bit_length() - 1
         self.value = max(_SMALLEST, min(self._largest, power))
 

@@ -1,4 +1,4 @@
-"""Digests of what codes were made from: a picture that is the same need not be encoded again."""
+"""Digests of what codes were made from: an image that is the same need not be encoded again."""
 
 from collections.abc import Sequence
 from pathlib import Path
@@ -13,7 +13,7 @@ _WORDS = 4
 """A sha256 is four words of 64 bits."""
 
 
-class KnownDigests:
+class DigestTable:
     """Finds the row of a digest among many.
 
     Args:

@@ -1,83 +1,83 @@
-"""Worker processes that read and encode: results in order, and a death costs one image.
+"""Worker processes that read and encode: results in order, and a crash costs one image.
 
-A worker that dies (killed, out of memory, a decoder that crashes) or that spends minutes on one
+A worker that exits (killed, out of memory, a decoder that crashes) or that spends minutes on one
 image takes its chunk with it. The chunk is then tried again one image at a time, so that only an
-image that brings a worker down by itself is left out, with the reason.
+image that crashes a worker by itself is left out, with the reason.
 """
 
 from collections import deque
 from collections.abc import Iterator
 from contextlib import suppress
 from multiprocessing.connection import wait
-from types import TracebackType
 from typing import Any, Final, Self, cast
 
 from vsc_serve.errors import DeviceError, VscError
 from vsc_serve.executors.chunks import FIRST
-from vsc_serve.executors.read import PixelSetup, Setup, stamp_of
-from vsc_serve.executors.task import CHUNK, Bad, Chunk, Piece, Task, merge_pieces
-from vsc_serve.executors.worker_process import Failed, Ready, Worker
+from vsc_serve.executors.read import WorkerSpec, file_signature
+from vsc_serve.executors.task import (
+    LARGEST_CHUNK,
+    Chunk,
+    ChunkResult,
+    Rejected,
+    Task,
+    merge_results,
+)
+from vsc_serve.executors.worker_process import Failed, Ready, WorkerProcess
 
 IMAGE_LIMIT_S: Final = 120.0
 """Seconds a worker may spend on one image."""
 
 TASKS_AHEAD: Final = 3
-"""Tasks that a worker has before it, so that it never waits for the parent."""
-_LOOK_S: Final = 0.5
-"""Seconds between looks for workers that hang."""
-_DEATHS: Final = 100
-"""Deaths in a row, without one image done between them, that end the run."""
+"""Tasks that a worker is given ahead, so that it never waits for the parent."""
+_POLL_S: Final = 0.5
+"""Seconds between checks for workers that hang."""
+_MOST_EXITS: Final = 100
+"""Exits in a row, without one image done between them, that end the run."""
 
 
-class ProcessPool:
-    """Worker processes; they start when there is work for them, and end with the pool.
+class ProcessExecutor:
+    """Worker processes; they are spawned when there is work for them, and end with the executor.
 
     Args:
-        setup: How a worker opens the model.
+        spec: Specification of a worker.
         workers: Processes at most.
         image_limit_s: Seconds a worker may spend on one image.
     """
 
     def __init__(
-        self, setup: Setup | PixelSetup, workers: int, *, image_limit_s: float = IMAGE_LIMIT_S
+        self, spec: WorkerSpec, workers: int, *, image_limit_s: float = IMAGE_LIMIT_S
     ) -> None:
         self.workers = workers
-        self.begun = 0
+        self.started = 0
         self.kind = "processes"
-        self.largest_chunk = CHUNK
-        self.counts_near = True
-        self._setup = setup
+        self.largest_chunk = LARGEST_CHUNK
+        self._spec = spec
         self._image_limit_s = image_limit_s
-        self._team: list[Worker] = []
+        self._processes: list[WorkerProcess] = []
         self._tasks: deque[Task] = deque()
         self._sizes: dict[int, int] = {}
-        self._done: dict[int, list[Piece]] = {}
+        self._results: dict[int, list[ChunkResult]] = {}
         self._provenance: dict[str, Any] | None = None
-        self._deaths = 0
+        self._exits = 0
 
     def __enter__(self) -> Self:
-        """Start the first worker."""
-        self._hire()
+        """Spawn the first worker."""
+        self._spawn()
         return self
 
-    def __exit__(
-        self,
-        kind: type[BaseException] | None,
-        error: BaseException | None,
-        trace: TracebackType | None,
-    ) -> None:
+    def __exit__(self, kind: type[BaseException] | None, *_: object) -> None:
         """End the workers: at once after an error, else when they have nothing left."""
-        for worker in self._team:
+        for worker in self._processes:
             if kind is None and not worker.tasks:
                 worker.close()
             else:
                 worker.kill()
-        self._team.clear()
+        self._processes.clear()
 
     def expect(self, count: int) -> None:
-        """Start the workers that so many sources need, so that they open the model together."""
-        while len(self._team) < min(self.workers, -(-count // FIRST)):
-            self._hire()
+        """Spawn the workers that so many sources need, so that they open the model together."""
+        while len(self._processes) < min(self.workers, -(-count // FIRST)):
+            self._spawn()
 
     def provenance(self) -> dict[str, Any]:
         """Return what the codes come from, once a worker has opened the model.
@@ -86,16 +86,17 @@ class ProcessPool:
             VscError: The model cannot be opened.
         """
         while self._provenance is None:
-            self._listen()
+            self._poll()
         return self._provenance
 
-    def run(self, chunks: Iterator[Chunk]) -> Iterator[Piece]:
-        """Do the chunks; give what became of them, in order.
+    def run(self, chunks: Iterator[Chunk]) -> Iterator[ChunkResult]:
+        """Do the chunks; give their results in order.
 
         Only as many chunks are taken as the workers have before them, so memory stays bounded.
 
         Raises:
-            VscError: The model cannot be opened, or workers keep dying.
+            VscError: The model cannot be opened, a source cannot be reached, or workers keep
+                crashing.
         """
         numbered = enumerate(chunks)
         following = 0
@@ -106,94 +107,94 @@ class ProcessPool:
                     break
                 self._sizes[number] = len(chunk)
                 self._tasks.append(Task(number, 0, chunk))
-                self._hand_out()
+                self._assign()
             if not self._sizes:
                 return
-            self._hand_out()
-            self._listen()
+            self._assign()
+            self._poll()
             while self._is_done(following):
                 yield self._take(following)
                 following += 1
 
-    def _hire(self) -> Worker:
-        worker = Worker(self._setup)
-        self._team.append(worker)
-        self.begun = max(self.begun, len(self._team))
+    def _spawn(self) -> WorkerProcess:
+        worker = WorkerProcess(self._spec)
+        self._processes.append(worker)
+        self.started = max(self.started, len(self._processes))
         return worker
 
     def _is_done(self, number: int) -> bool:
-        done = self._done.get(number, ())
-        return bool(done) and sum(len(piece.stamps) for piece in done) == self._sizes[number]
+        parts = self._results.get(number, ())
+        done = sum(len(part.signatures) for part in parts)
+        return bool(parts) and done == self._sizes[number]
 
-    def _take(self, number: int) -> Piece:
+    def _take(self, number: int) -> ChunkResult:
         del self._sizes[number]
-        return merge_pieces(self._done.pop(number))
+        return merge_results(self._results.pop(number))
 
-    def _hand_out(self) -> None:
-        """Give waiting tasks to the workers with the fewest; start another when all are busy."""
+    def _assign(self) -> None:
+        """Give waiting tasks to the workers with the fewest; spawn another when all are busy."""
         while self._tasks:
-            roomy = [one for one in self._team if one.has_room]
-            worker = min(roomy, key=lambda one: len(one.tasks), default=None)
-            if (worker is None or worker.tasks) and len(self._team) < self.workers:
-                worker = self._hire()
+            with_room = [one for one in self._processes if one.has_room]
+            worker = min(with_room, key=lambda one: len(one.tasks), default=None)
+            if (worker is None or worker.tasks) and len(self._processes) < self.workers:
+                worker = self._spawn()
             if worker is None or len(worker.tasks) >= TASKS_AHEAD:
                 return
             worker.give(self._tasks.popleft())
 
-    def _listen(self) -> None:
-        """Take what the workers say, for half a second at most, and look for trouble."""
-        lines = {worker.connection: worker for worker in self._team}
-        for line in wait(list(lines), _LOOK_S):
-            worker = lines[cast(Any, line)]
+    def _poll(self) -> None:
+        """Handle the messages of half a second at most, and look for workers that hang."""
+        pipes = {worker.connection: worker for worker in self._processes}
+        for pipe in wait(list(pipes), _POLL_S):
+            worker = pipes[cast(Any, pipe)]
             try:
                 message = worker.receive()
             except EOFError:
-                self._bury(worker, worker.why_dead())
+                self._on_exit(worker, worker.exit_reason())
             else:
-                self._hear(worker, message)
-        for worker in list(self._team):
+                self._on_message(worker, message)
+        for worker in list(self._processes):
             if worker.is_ready and worker.silent_s() > self._image_limit_s:
                 self._drain(worker)
                 worker.kill()
-                self._bury(worker, f"took over {self._image_limit_s:g} s")
+                self._on_exit(worker, f"took over {self._image_limit_s:g} s")
 
-    def _drain(self, worker: Worker) -> None:
-        """Hear what a worker said before it began to hang."""
+    def _drain(self, worker: WorkerProcess) -> None:
+        """Handle what a worker has sent before it began to hang."""
         with suppress(EOFError):
             while worker.connection.poll():
-                self._hear(worker, worker.receive())
+                self._on_message(worker, worker.receive())
 
-    def _hear(self, worker: Worker, message: Any) -> None:
+    def _on_message(self, worker: WorkerProcess, message: Any) -> None:
         if isinstance(message, Failed):
             raise message.error or RuntimeError(f"in a worker process:\n{message.trace}")
         if isinstance(message, Ready):
             worker.is_ready = True
             self._provenance = self._provenance or message.provenance
             return
-        task, piece = worker.finish(message)
-        self._deaths = 0
-        self._done.setdefault(task.number, []).append(piece)
+        task, result = worker.finish(message)
+        self._exits = 0
+        self._results.setdefault(task.number, []).append(result)
 
-    def _bury(self, worker: Worker, why: str) -> None:
-        """Put a dead worker's tasks back, the one it was at as single images."""
-        self._team.remove(worker)
+    def _on_exit(self, worker: WorkerProcess, why: str) -> None:
+        """Queue the tasks of a worker that is gone again, the one it was at as single images."""
+        self._processes.remove(worker)
         worker.connection.close()
-        self._deaths += 1
-        if self._deaths >= _DEATHS or self._provenance is None:
-            raise self._cannot_go_on(why)
-        had_begun = worker.is_ready and worker.tasks
-        suspect = worker.tasks.popleft() if had_begun else None
+        self._exits += 1
+        if self._exits >= _MOST_EXITS or self._provenance is None:
+            raise self._cannot_continue(why)
+        suspect = worker.tasks.popleft() if worker.is_ready and worker.tasks else None
         self._tasks.extendleft(reversed(worker.tasks))
         if suspect is not None:
-            self._suspect(suspect, why)
-        if not self._team:
-            self._hire()
+            self._retry_singly(suspect, why)
+        if not self._processes:
+            self._spawn()
 
-    def _suspect(self, task: Task, why: str) -> None:
+    def _retry_singly(self, task: Task, why: str) -> None:
         if len(task.sources) == 1:
-            reason = f"brings its reader down ({why})"
-            piece = self._setup.bad_piece(Bad(task.offset, reason), stamp_of(task.sources[0]))
-            self._done.setdefault(task.number, []).append(piece)
+            rejected = Rejected(task.offset, f"crashes its reader ({why})", "crash")
+            result = self._spec.rejected_result(rejected, file_signature(task.sources[0]))
+            self._results.setdefault(task.number, []).append(result)
             return
         singles = [
             Task(task.number, task.offset + place, (source,))
@@ -201,13 +202,13 @@ class ProcessPool:
         ]
         self._tasks.extendleft(reversed(singles))
 
-    def _cannot_go_on(self, why: str) -> VscError:
+    def _cannot_continue(self, why: str) -> VscError:
         if self._provenance is None:
             return DeviceError(
-                f"a worker process dies while it opens the model ({why})."
+                f"a worker process exits while it opens the model ({why})."
                 " See `vsc doctor`; --workers 0 works without processes."
             )
         return DeviceError(
-            f"{self._deaths} worker processes died one after the other ({why}). Is there enough"
+            f"{self._exits} worker processes exited one after the other ({why}). Is there enough"
             " memory? Try fewer --workers."
         )

@@ -1,20 +1,20 @@
-"""What goes to a worker and what comes back."""
+"""Tasks for workers, and their results."""
 
-from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field
 from itertools import compress
 from time import perf_counter
-from types import TracebackType
-from typing import Any, Final, NamedTuple, Protocol, Self, TypeAlias
+from typing import Any, Final, NamedTuple, TypeAlias
 
 import numpy as np
 from numpy.typing import NDArray
 
-from vsc_serve.codes import CodeRows, stack_rows
-from vsc_serve.errors import InputError
-from vsc_serve.sources import FileSource, Source
+from vsc_serve.codes import CodeRows, DecisionStatistics, stack_rows
+from vsc_serve.compaction import EncodedBatch
+from vsc_serve.errors import InputError, Kind, SourceUnavailable
+from vsc_serve.sources import Source
 
-CHUNK: Final = 1024
+LARGEST_CHUNK: Final = 1024
 """Sources in a chunk at most."""
 
 Chunk: TypeAlias = Sequence[Source]
@@ -22,13 +22,13 @@ Chunk: TypeAlias = Sequence[Source]
 
 
 @dataclass(slots=True)
-class Seconds:
+class StageSeconds:
     """Seconds of work in each stage, summed over the workers."""
 
     read: float = 0.0
     """Opening and reading files."""
     decode: float = 0.0
-    """From encoded pictures to pixels of the model's size."""
+    """From encoded images to pixels of the model's size."""
     model: float = 0.0
     """The model, and compaction to sparse rows."""
     write: float = 0.0
@@ -36,14 +36,14 @@ class Seconds:
     waiting: float = 0.0
     """Workers without work."""
 
-    def add(self, other: "Seconds") -> None:
+    def add(self, other: "StageSeconds") -> None:
         """Add the seconds of another piece of work."""
-        for name in Seconds.__slots__:
+        for name in StageSeconds.__slots__:
             setattr(self, name, getattr(self, name) + getattr(other, name))
 
 
 class Task(NamedTuple):
-    """Sources that are read and encoded together: a chunk, or a part of one that is tried again."""
+    """A chunk for a worker, or a part of a chunk that is tried again."""
 
     number: int
     """Place of the chunk in the run, from 0."""
@@ -52,49 +52,35 @@ class Task(NamedTuple):
     sources: Sequence[Source]
 
 
-class PathTask(NamedTuple):
-    """A task of which every source is a file: the paths travel ten times faster than objects."""
-
-    number: int
-    offset: int
-    paths: tuple[str, ...]
-
-    def unpack(self) -> Task:
-        """Return the task; a worker needs no ids."""
-        return Task(self.number, self.offset, tuple(FileSource(path, path) for path in self.paths))
-
-
-def pack(task: Task) -> Task | PathTask:
-    """Return a task as it travels to another process."""
-    paths = tuple(source.path for source in task.sources if type(source) is FileSource)
-    return PathTask(task.number, task.offset, paths) if len(paths) == len(task.sources) else task
-
-
-class Bad(NamedTuple):
-    """A source that has no row, and why."""
+class Rejected(NamedTuple):
+    """A source without a row."""
 
     position: int
     """Its place in the chunk."""
     reason: str
+    kind: Kind
+    """Kind of the reason, which runs are counted by."""
 
 
-class Piece(NamedTuple):
-    """What became of a chunk, or of a part of one."""
+@dataclass(frozen=True, kw_only=True)
+class ChunkResult:
+    """Result of a task: rows of the sources that have one, reasons of the others."""
 
-    offset: int
+    offset: int = 0
     """Place of its first source in the chunk."""
     rows: CodeRows
     """Codes of the fresh ones among the kept, in order."""
-    kept: list[int]
+    decisions: DecisionStatistics = field(default_factory=DecisionStatistics)
+    kept: list[int] = field(default_factory=list)
     """Place in the chunk of each source that has a row, in order."""
-    bad: list[Bad]
+    rejected: list[Rejected] = field(default_factory=list)
     """The others."""
-    stamps: list[str]
-    """One per source: see `stamp_of`."""
-    seconds: Seconds
-    digests: list[str]
-    """sha256 of the content of each row's picture; empty unless asked for."""
-    old_rows: list[int]
+    signatures: list[str] = field(default_factory=list)
+    """One per source: see `file_signature`."""
+    seconds: StageSeconds = field(default_factory=StageSeconds)
+    digests: list[str] = field(default_factory=list)
+    """sha256 of the content that each row was made from; empty unless asked for."""
+    reused: list[int] = field(default_factory=list)
     """Which earlier row each row repeats, -1 for a fresh one; empty where all are fresh."""
     pixels: NDArray[np.uint8] | None = None
     """Pixels of the fresh ones, where they are still to be encoded."""
@@ -103,100 +89,95 @@ class Piece(NamedTuple):
 
     def fresh(self) -> list[int]:
         """Return the place in the chunk of each fresh row."""
-        if not self.old_rows:
+        if not self.reused:
             return self.kept
-        pairs = zip(self.kept, self.old_rows, strict=True)
-        return [place for place, row in pairs if row < 0]
+        return [place for place, row in zip(self.kept, self.reused, strict=True) if row < 0]
 
-    def without(self, bad: Sequence[Bad]) -> "Piece":
-        """Return the piece with some of its rows refused; `rows` is the caller's affair."""
-        refused = {one.position for one in bad}
-        keeps = [place not in refused for place in self.kept]
-        return self._replace(
+    def replace(self, **changes: Any) -> "ChunkResult":
+        """Return the result with some fields changed."""
+        return ChunkResult(**vars(self) | changes)
+
+    def without(self, rejected: Sequence[Rejected]) -> "ChunkResult":
+        """Return the result with some of its rows rejected; `rows` are the caller's to mend."""
+        places = {one.position for one in rejected}
+        keeps = [place not in places for place in self.kept]
+        return self.replace(
             kept=list(compress(self.kept, keeps)),
-            bad=sorted([*self.bad, *bad]),
+            rejected=sorted([*self.rejected, *rejected]),
             digests=list(compress(self.digests, keeps)),
-            old_rows=list(compress(self.old_rows, keeps)),
+            reused=list(compress(self.reused, keeps)),
         )
 
 
-def encode_piece(
-    piece: Piece, pixels: NDArray[np.uint8], encode: Callable[[NDArray[np.uint8]], CodeRows]
-) -> Piece:
-    """Give a piece the codes of its fresh pictures.
+Encode: TypeAlias = Callable[[NDArray[Any]], EncodedBatch]
+"""From pixels or vectors to codes."""
 
-    Where the model fails on a row (values that are not finite), only that row is refused.
+
+def encode_fresh(result: ChunkResult, inputs: NDArray[Any], encode: Encode) -> ChunkResult:
+    """Give a result the codes of its fresh inputs.
+
+    Where some cannot be encoded (values that are not finite), only those are rejected.
+
+    Args:
+        result: What was read.
+        inputs: Pixels or vectors of the fresh ones, in order.
+        encode: The model.
     """
     began = perf_counter()
-    bad: list[Bad] = []
+    rejected: list[Rejected] = []
     try:
-        rows = encode(pixels)
+        encoded = encode(inputs)
+    except SourceUnavailable:
+        raise
     except InputError:
-        parts = [encode(pixels[:0])]
-        for position, row in zip(piece.fresh(), pixels, strict=True):
-            try:
-                parts.append(encode(row[None]))
-            except InputError as error:
-                bad.append(Bad(position, str(error).removeprefix("row 0: ")))
-        rows = stack_rows(parts, parts[0].codes.shape[1])
-    piece.seconds.model += perf_counter() - began
-    return (piece.without(bad) if bad else piece)._replace(rows=rows, pixels=None, release=None)
-
-
-def merge_pieces(pieces: Sequence[Piece]) -> Piece:
-    """Put the pieces of one chunk together, in the order of its sources."""
-    if len(pieces) == 1:
-        return pieces[0]
-    pieces = sorted(pieces, key=lambda piece: piece.offset)
-    pixels = [piece.pixels for piece in pieces if piece.pixels is not None]
-    seconds = Seconds()
-    for piece in pieces:
-        seconds.add(piece.seconds)
-    return Piece(
-        offset=0,
-        rows=stack_rows([piece.rows for piece in pieces], pieces[0].rows.codes.shape[1]),
-        kept=[kept for piece in pieces for kept in piece.kept],
-        bad=[bad for piece in pieces for bad in piece.bad],
-        stamps=[stamp for piece in pieces for stamp in piece.stamps],
-        seconds=seconds,
-        digests=[digest for piece in pieces for digest in piece.digests],
-        old_rows=[row for piece in pieces for row in piece.old_rows],
-        pixels=np.concatenate(pixels) if pixels else None,
+        encoded, rejected = _encode_singly(result.fresh(), inputs, encode)
+    result.seconds.model += perf_counter() - began
+    return (result.without(rejected) if rejected else result).replace(
+        rows=encoded.rows, decisions=encoded.decisions, pixels=None, release=None
     )
 
 
-class Pool(Protocol):
-    """What does chunks: processes, threads, or a plain loop."""
+def _encode_singly(
+    positions: Sequence[int], inputs: NDArray[Any], encode: Encode
+) -> tuple[EncodedBatch, list[Rejected]]:
+    """Encode row by row, so that a row that fails costs only itself."""
+    none = encode(inputs[:0])
+    parts, decisions, rejected = [none.rows], DecisionStatistics(), []
+    for position, row in zip(positions, inputs, strict=True):
+        try:
+            encoded = encode(row[None])
+        except InputError as error:
+            rejected.append(Rejected(position, _without_row_number(error), error.kind))
+        else:
+            parts.append(encoded.rows)
+            decisions.add(encoded.decisions)
+    rows = stack_rows(parts, none.rows.codes.shape[1])
+    return EncodedBatch(rows, decisions), rejected
 
-    workers: int
-    """How many chunks are worked on at a time, at most."""
-    kind: str
-    """What works, in the plural, for people."""
-    largest_chunk: int
-    """Sources in a chunk at most."""
-    counts_near: bool
-    """Whether decisions near the threshold are counted."""
 
-    def __enter__(self) -> Self:
-        """Start."""
+def _without_row_number(error: InputError) -> str:
+    """Return the reason alone: the row is the only one of its batch, and known by its id."""
+    return str(error).removeprefix(f"row {error.row}: ").removeprefix(f"row {error.row} ")
 
-    def __exit__(
-        self,
-        kind: type[BaseException] | None,
-        error: BaseException | None,
-        trace: TracebackType | None,
-    ) -> None:
-        """End."""
 
-    @property
-    def begun(self) -> int:
-        """How many chunks were worked on at a time: a small job does not need all workers."""
-
-    def expect(self, count: int) -> None:
-        """Take note that at least so many sources will come: start who is needed for them."""
-
-    def provenance(self) -> dict[str, Any]:
-        """Return what a codes file says about where its codes come from."""
-
-    def run(self, chunks: Iterator[Chunk]) -> Iterator[Piece]:
-        """Do the chunks; give what became of them, in order."""
+def merge_results(results: Sequence[ChunkResult]) -> ChunkResult:
+    """Put the results of the parts of one chunk together, in the order of its sources."""
+    if len(results) == 1:
+        return results[0]
+    parts = sorted(results, key=lambda part: part.offset)
+    pixels = [part.pixels for part in parts if part.pixels is not None]
+    seconds, decisions = StageSeconds(), DecisionStatistics()
+    for part in parts:
+        seconds.add(part.seconds)
+        decisions.add(part.decisions)
+    return ChunkResult(
+        rows=stack_rows([part.rows for part in parts], parts[0].rows.codes.shape[1]),
+        decisions=decisions,
+        kept=[kept for part in parts for kept in part.kept],
+        rejected=[rejected for part in parts for rejected in part.rejected],
+        signatures=[signature for part in parts for signature in part.signatures],
+        seconds=seconds,
+        digests=[digest for part in parts for digest in part.digests],
+        reused=[row for part in parts for row in part.reused],
+        pixels=np.concatenate(pixels) if pixels else None,
+    )

@@ -1,4 +1,4 @@
-"""What a worker process does: take tasks from its line until the line closes."""
+"""Main loop of a worker process: take tasks from the pipe until it closes."""
 
 import mmap
 import os
@@ -12,47 +12,53 @@ from time import perf_counter
 from typing import TypeAlias
 
 from vsc_serve.errors import VscError
-from vsc_serve.executors.read import PixelSetup, PixelWork, Setup, Work
-from vsc_serve.executors.task import PathTask, Piece, Task
-from vsc_serve.executors.worker_process import PULSE_BYTES, Failed, Pulse, Ready
+from vsc_serve.executors.read import EncodeWorker, ReadSpec, ReadWorker, WorkerSpec
+from vsc_serve.executors.task import ChunkResult, Task
+from vsc_serve.executors.worker_process import (
+    HEARTBEAT_BYTES,
+    Failed,
+    Heartbeat,
+    PathTask,
+    Ready,
+)
 
 _Message: TypeAlias = tuple[Task | PathTask, int | None]
-_Run: TypeAlias = Callable[[Task, int | None], Piece]
+_Run: TypeAlias = Callable[[Task, int | None], ChunkResult]
 
 
 def main(channel: int, shared: int) -> None:
     """Run a worker.
 
     Args:
-        channel: File descriptor of the line to the parent.
+        channel: File descriptor of the pipe to the parent.
         shared: File descriptor of the memory that both see: a counter of images, then pixels.
     """
     signal.signal(signal.SIGINT, signal.SIG_IGN)  # the parent decides when to stop
     connection = Connection(channel)
     try:
-        setup: Setup | PixelSetup = connection.recv()
+        spec: WorkerSpec = connection.recv()
         memory = mmap.mmap(shared, 0)
-        work = setup.open(Pulse(memory).beat)
-        connection.send(Ready(work.provenance))
-        _work(connection, _runner(setup, work, memory))
+        worker = spec.open(Heartbeat(memory).beat)
+        connection.send(Ready(worker.provenance))
+        _work(connection, _runner(spec, worker, memory))
     except VscError as error:
         connection.send(Failed(error, ""))
     except Exception:  # noqa: BLE001  # whatever it is, the parent is to show it
         connection.send(Failed(None, traceback.format_exc()))
 
 
-def _runner(setup: Setup | PixelSetup, work: Work | PixelWork, memory: mmap.mmap) -> _Run:
+def _runner(spec: WorkerSpec, worker: EncodeWorker | ReadWorker, memory: mmap.mmap) -> _Run:
     """Return what does a task: encodes it, or fills the slot that comes with it."""
-    if isinstance(work, Work):
-        encoder = work
+    if isinstance(worker, EncodeWorker):
+        encoder = worker
         return lambda task, slot: encoder.run(task)
-    assert isinstance(setup, PixelSetup)
-    reader, slots = work, setup.slots(memoryview(memory)[PULSE_BYTES:])
+    assert isinstance(spec, ReadSpec)
+    reader, slots = worker, spec.slots(memoryview(memory)[HEARTBEAT_BYTES:])
     return lambda task, slot: reader.run(task, slots[slot or 0])
 
 
 def _work(connection: Connection, run: _Run) -> None:
-    """Answer tasks in order. They are taken off the line at once, so neither end ever blocks."""
+    """Answer tasks in order. They leave the pipe at once, so that neither end ever blocks."""
     messages: SimpleQueue[_Message] = SimpleQueue()
     Thread(target=_receive, args=(connection, messages), daemon=True).start()
     while True:
@@ -60,9 +66,9 @@ def _work(connection: Connection, run: _Run) -> None:
         received, slot = messages.get()
         task = received.unpack() if isinstance(received, PathTask) else received
         waited = perf_counter() - began
-        piece = run(task, slot)
-        piece.seconds.waiting = waited
-        connection.send(piece)
+        result = run(task, slot)
+        result.seconds.waiting = waited
+        connection.send(result)
 
 
 def _receive(connection: Connection, messages: "SimpleQueue[_Message]") -> None:
@@ -70,4 +76,4 @@ def _receive(connection: Connection, messages: "SimpleQueue[_Message]") -> None:
         try:
             messages.put(connection.recv())
         except (EOFError, OSError):
-            os._exit(0)  # the parent has closed the line, or is dead: nobody waits for an answer
+            os._exit(0)  # the parent has closed the pipe, or has exited: nobody waits

@@ -1,4 +1,4 @@
-"""A worker process and the line to it.
+"""A worker process and the pipe to it.
 
 The process is started afresh, not forked (the parent may have threads) and not through
 `multiprocessing` (which would import the caller's main module once more). It gets one end of a
@@ -24,11 +24,12 @@ import numpy as np
 from numpy.typing import NDArray
 
 from vsc_serve.errors import VscError
-from vsc_serve.executors.read import PixelSetup, Setup
-from vsc_serve.executors.task import Piece, Task, pack
+from vsc_serve.executors.read import ReadSpec, WorkerSpec
+from vsc_serve.executors.task import ChunkResult, Task
+from vsc_serve.sources import FileSource
 
-PULSE_BYTES: Final = 8
-_GOODBYE_S: Final = 2.0
+HEARTBEAT_BYTES: Final = 8
+_EXIT_S: Final = 2.0
 """Seconds a worker gets to end by itself."""
 _ENVIRONMENT: Final = {
     "OMP_NUM_THREADS": "1",
@@ -37,6 +38,24 @@ _ENVIRONMENT: Final = {
     "MALLOC_MMAP_THRESHOLD_": str(2**28),
     "MALLOC_TRIM_THRESHOLD_": str(2**29),
 }
+
+
+class PathTask(NamedTuple):
+    """A task of which every source is a file: the paths travel ten times faster than objects."""
+
+    number: int
+    offset: int
+    paths: tuple[str, ...]
+
+    def unpack(self) -> Task:
+        """Return the task; a worker needs no ids."""
+        return Task(self.number, self.offset, tuple(FileSource(path, path) for path in self.paths))
+
+
+def _pack(task: Task) -> Task | PathTask:
+    """Return a task as it travels to another process."""
+    paths = tuple(source.path for source in task.sources if type(source) is FileSource)
+    return PathTask(task.number, task.offset, paths) if len(paths) == len(task.sources) else task
 
 
 class Ready(NamedTuple):
@@ -54,7 +73,7 @@ class Failed(NamedTuple):
     """Where a bug was, as text."""
 
 
-class Pulse:
+class Heartbeat:
     """A counter in memory that two processes share."""
 
     def __init__(self, memory: mmap.mmap) -> None:
@@ -63,21 +82,21 @@ class Pulse:
     @property
     def count(self) -> int:
         """Images begun since the worker started."""
-        return int.from_bytes(self._memory[:PULSE_BYTES], "little")
+        return int.from_bytes(self._memory[:HEARTBEAT_BYTES], "little")
 
     def beat(self, count: int) -> None:
         """Say that another image is begun."""
-        self._memory[:PULSE_BYTES] = count.to_bytes(PULSE_BYTES, "little")
+        self._memory[:HEARTBEAT_BYTES] = count.to_bytes(HEARTBEAT_BYTES, "little")
 
 
-class Worker:
+class WorkerProcess:
     """One worker process, seen from the parent.
 
     Args:
-        setup: First message: what the worker needs to begin.
+        spec: Its specification, which is the first message.
     """
 
-    def __init__(self, setup: Setup | PixelSetup) -> None:
+    def __init__(self, spec: WorkerSpec) -> None:
         self.tasks: deque[Task] = deque()
         """Sent and not yet answered, the oldest first."""
         self.is_ready = False
@@ -87,16 +106,16 @@ class Worker:
         """Slots that no task uses and no pixels are in."""
         self._used: deque[int | None] = deque()
         ours, theirs = socket.socketpair()
-        with _shared_file(PULSE_BYTES + setup.shared_bytes) as shared, theirs:
+        with _shared_file(HEARTBEAT_BYTES + spec.shared_bytes) as shared, theirs:
             memory = mmap.mmap(shared.fileno(), 0)
-            self._pulse = Pulse(memory)
-            if isinstance(setup, PixelSetup):
-                self.slots = setup.slots(memoryview(memory)[PULSE_BYTES:])
-                self.free = list(range(setup.slot_count))
+            self._heartbeat = Heartbeat(memory)
+            if isinstance(spec, ReadSpec):
+                self.slots = spec.slots(memoryview(memory)[HEARTBEAT_BYTES:])
+                self.free = list(range(spec.slot_count))
             self.process = _start(theirs.fileno(), shared.fileno())
         self.connection = Connection(ours.detach())
         self._seen = (0, monotonic())
-        self._send(setup)
+        self._send(spec)
 
     @property
     def has_room(self) -> bool:
@@ -106,46 +125,46 @@ class Worker:
     def give(self, task: Task) -> None:
         """Send a task."""
         if not self.tasks:
-            self._seen = (self._pulse.count, monotonic())
+            self._seen = (self._heartbeat.count, monotonic())
         slot = self.free.pop() if self.slots is not None else None
         self.tasks.append(task)
         self._used.append(slot)
-        self._send((pack(task), slot))
+        self._send((_pack(task), slot))
 
-    def finish(self, piece: Piece) -> tuple[Task, Piece]:
-        """Take the oldest task off, which the piece answers; give it its pixels.
+    def finish(self, result: ChunkResult) -> tuple[Task, ChunkResult]:
+        """Take the oldest task off, whose result this is; give it its pixels.
 
         Pixels of a part of a chunk are copied: they may have to wait for the other parts.
         """
         task, slot = self.tasks.popleft(), self._used.popleft()
         if self.slots is None or slot is None:
-            return task, piece
-        pixels = self.slots[slot, : len(piece.fresh())]
+            return task, result
+        pixels = self.slots[slot, : len(result.fresh())]
         if len(task.sources) > 1:
-            return task, piece._replace(pixels=pixels, release=partial(self.free.append, slot))
+            return task, result.replace(pixels=pixels, release=partial(self.free.append, slot))
         self.free.append(slot)
-        return task, piece._replace(pixels=pixels.copy())
+        return task, result.replace(pixels=pixels.copy())
 
     def receive(self) -> Any:
-        """Return the next message. Raises EOFError when the worker is dead."""
+        """Return the next message. Raises EOFError when the worker has exited."""
         try:
             message = self.connection.recv()
         except OSError as error:  # its end of the socket was reset
             raise EOFError from error
-        self._seen = (self._pulse.count, monotonic())
+        self._seen = (self._heartbeat.count, monotonic())
         return message
 
     def silent_s(self) -> float:
         """Return the seconds since it last began an image or answered; 0 without a task."""
         if not self.tasks:
             return 0.0
-        count, now = self._pulse.count, monotonic()
+        count, now = self._heartbeat.count, monotonic()
         if count != self._seen[0]:
             self._seen = (count, now)
         return now - self._seen[1]
 
-    def why_dead(self) -> str:
-        """Return how a worker ended whose line has closed."""
+    def exit_reason(self) -> str:
+        """Return how a worker ended whose pipe has closed."""
         code = self.process.wait()
         if code >= 0:
             return f"exit code {code}"
@@ -159,10 +178,10 @@ class Worker:
         self.connection.close()
 
     def close(self) -> None:
-        """Let the process end: it does when the line closes."""
+        """Let the process end: it does when the pipe closes."""
         self.connection.close()
         try:
-            self.process.wait(_GOODBYE_S)
+            self.process.wait(_EXIT_S)
         except subprocess.TimeoutExpired:
             self.process.kill()
             self.process.wait()
@@ -171,7 +190,7 @@ class Worker:
         try:
             self.connection.send(message)
         except OSError:
-            # It is dead: the parent reads that from its end of the line, and knows what to do.
+            # It has exited: the parent reads that from its end of the pipe.
             return
 
 
@@ -187,8 +206,9 @@ def _shared_file(size: int) -> IO[bytes]:
 
 def _start(channel: int, shared: int) -> "subprocess.Popen[bytes]":
     """Start the process with the parent's import path, outside the terminal's process group."""
+    path = [os.fspath(place) for place in sys.path]  # programs put Paths there
     script = (
-        f"import sys; sys.path[:] = {sys.path!r};"
+        f"import sys; sys.path[:] = {path!r};"
         f" from vsc_serve.executors.worker_main import main; main({channel}, {shared})"
     )
     return subprocess.Popen(

@@ -1,4 +1,4 @@
-"""One run from sources to an output: shards, resume, the list of what has no row, the join."""
+"""One run from sources to an output: shards, resume, rejected sources, the join."""
 
 import json
 import time
@@ -9,139 +9,229 @@ from itertools import count, islice
 from pathlib import Path
 from typing import Any, Final, NamedTuple, TypeAlias
 
+import numpy as np
+
 from vsc_serve.atomic import atomic_file
-from vsc_serve.codes import CodeRows, join_codes, stack_rows
-from vsc_serve.codes.statistics import Figures
+from vsc_serve.codes import (
+    ERRORS_LIST,
+    CodeFile,
+    CodeRows,
+    CodeStatistics,
+    DecisionStatistics,
+    join_codes,
+    read_codes,
+    stack_rows,
+    take_rows,
+)
 from vsc_serve.console import Progress
-from vsc_serve.errors import InputError, Interrupted
-from vsc_serve.executors.chunks import ChunkSize
-from vsc_serve.executors.read import stamp_of
-from vsc_serve.executors.task import Chunk, Piece, Pool, Seconds
-from vsc_serve.pipeline.shards import SHARD_ROWS, Fingerprint, Parts, ShardRecord
-from vsc_serve.pipeline.update import OldCodes
+from vsc_serve.errors import InputError, Interrupted, SourceUnavailable
+from vsc_serve.executors import (
+    Chunk,
+    ChunkResult,
+    ChunkSize,
+    Executor,
+    StageSeconds,
+    file_signature,
+)
+from vsc_serve.pipeline.job import Job
+from vsc_serve.pipeline.shards import (
+    Fingerprint,
+    RejectedSource,
+    ShardRecord,
+    ShardStore,
+)
+from vsc_serve.pipeline.update import PreviousCodes
 from vsc_serve.sources import Source
-
-_ERRORS: Final = "errors.jsonl"
-
 
 Convert: TypeAlias = Callable[[Sequence[Path], Path], None]
 """Writes a file from shards: their paths, and the file."""
 
+Say: TypeAlias = Callable[[str, str], None]
+"""Told what a person should know: a label and a text."""
 
-@dataclass(frozen=True, kw_only=True)
-class Job:
-    """What a run is to write, and how."""
-
-    out: Path
-    """`codes.npz`, or the folder of shards."""
-    is_folder: bool = False
-    """Keep the shards, in the folder `out`."""
-    identity: dict[str, Any] = field(default_factory=dict)
-    """What the run is, beside its model: shards of a run with another identity are discarded."""
-    shard_rows: int = SHARD_ROWS
-    """Sources in a shard."""
-    chunk_size: int | None = None
-    """Sources read and encoded together; by default as many as take a tenth of a second."""
-    convert: Convert | None = None
-    """Writes `out` from the shards, in another format than codes."""
-    compress: bool = False
-    """Deflate the numbers of the joined file."""
-    has_digests: bool = False
-    """Whether rows get the sha256 of what they were made from."""
-    fails_at_once: bool = False
-    """Stop at the first source that cannot be read."""
-    is_strict: bool = False
-    """Write nothing when any source cannot be read."""
+_NO_SIGNATURE: Final = ""
+"""Signature of a rejected source: whatever it is, the source is tried again."""
 
 
 @dataclass
 class Outcome:
     """What a run did."""
 
-    figures: Figures
-    bad: int = 0
+    statistics: CodeStatistics
+    rejected: int = 0
     """Sources without a row."""
     reasons: dict[str, int] = field(default_factory=dict)
     """How often each kind of reason was given."""
     resumed: int = 0
     """Sources that an earlier run had done."""
-    seconds: Seconds = field(default_factory=Seconds)
+    seconds: StageSeconds = field(default_factory=StageSeconds)
     total_s: float = 0.0
     """From the first source to the finished output."""
 
 
 def run_job(
     job: Job,
-    pool: Pool,
+    executor: Executor,
     sources: Iterator[Source],
     latent_dim: int,
     *,
-    old: OldCodes | None = None,
+    convert: Convert | None = None,
+    previous: PreviousCodes | None = None,
     report: Progress | None = None,
-    say: Callable[[str, str], None] = lambda label, text: None,
+    say: Say = lambda label, text: None,
 ) -> Outcome:
-    """Encode sources into the job's output. `Parts.locked` must hold.
+    """Encode sources into the output of a job. `ShardStore.locked` must hold.
 
     Args:
-        job: What to write.
-        pool: What reads and encodes; entered.
+        job: What to write, and how.
+        executor: What reads and encodes; entered.
         sources: Lazily, in a fixed order.
         latent_dim: Columns of a code.
-        old: Codes whose rows are reused.
+        convert: Writes the output from shards, where it is no codes file.
+        previous: Codes whose rows are reused.
         report: Told how many sources are done.
         say: Told what a person should know.
 
     Raises:
-        InputError: No source can be read; or one cannot and the job is strict; or the output cannot
+        InputError: No source can be read; or one cannot and the run is strict; or the output cannot
             be written.
+        SourceUnavailable: A source cannot be reached now; finished shards are kept.
         Interrupted: Stopped by SIGINT or SIGTERM; finished shards are kept.
     """
-    parts = Parts.beside(job.out)
-    meta = pool.provenance()
-    if differing := parts.begin(job.identity | {"meta": meta, "shard_rows": job.shard_rows}):
-        say("resume", f"{parts.folder} discarded: another {', '.join(differing)}")
-    run = _Run(job, parts, meta, Outcome(Figures.none(latent_dim)), old, report)
+    store = ShardStore(job.out)
+    meta = executor.provenance()
+    if differing := store.begin(job.identity() | {"meta": meta, "shard_rows": job.shard_rows}):
+        say("resume", f"{store.folder} discarded: another {', '.join(differing)}")
+    outcome = Outcome(CodeStatistics.none(latent_dim))
+    run = _Run(job, store, meta, outcome, previous, report)
     began = time.perf_counter()
     try:
-        run.encode(pool, sources)
-        run.finish()
+        run.encode(executor, sources)
+        run.finish(convert)
     except KeyboardInterrupt:
-        raise Interrupted(run.how_to_go_on()) from None
-    run.outcome.total_s = time.perf_counter() - began
-    return run.outcome
+        raise Interrupted(f"interrupted; {run.how_to_resume()}") from None
+    except SourceUnavailable as error:
+        raise SourceUnavailable(f"{error} {run.how_to_resume().capitalize()}") from error
+    outcome.total_s = time.perf_counter() - began
+    return outcome
+
+
+class _Shard:
+    """A shard while its rows come in."""
+
+    def __init__(self, number: int, latent_dim: int) -> None:
+        self.number = number
+        self._latent_dim = latent_dim
+        self._source_count = 0
+        self._fresh = 0
+        self._rows: list[CodeRows] = []
+        self._decisions = DecisionStatistics()
+        self._ids: list[str] = []
+        self._digests: list[str] = []
+        self._rejected: list[RejectedSource] = []
+        self._fingerprint = Fingerprint()
+
+    def add(self, chunk: Chunk, result: ChunkResult, rows: CodeRows) -> None:
+        """Add a chunk and its result, with all its rows."""
+        ids = [source.id for source in chunk]
+        signatures = list(result.signatures)
+        for one in result.rejected:
+            signatures[one.position] = _NO_SIGNATURE
+            position = self._source_count + one.position
+            self._rejected.append(RejectedSource(position, ids[one.position], one.reason, one.kind))
+        self._fingerprint.add(ids, signatures)
+        self._source_count += len(ids)
+        self._fresh += result.rows.codes.shape[0]
+        self._decisions.add(result.decisions)
+        self._rows.append(rows)
+        self._ids += [ids[place] for place in result.kept] if result.rejected else ids
+        self._digests += result.digests
+
+    def write(self, store: ShardStore, meta: dict[str, Any], *, has_digests: bool) -> ShardRecord:
+        """Write the shard. Raises InputError."""
+        rows = stack_rows(self._rows, self._latent_dim)
+        statistics = CodeStatistics.of(rows.codes, fresh=self._fresh, decisions=self._decisions)
+        digests = self._digests if has_digests else None
+        return store.write(
+            self.number,
+            CodeFile(rows.codes, self._ids, meta, rows.gamma, rows.sigma, digests),
+            sources=self._source_count,
+            fingerprint=self._fingerprint.value(),
+            rejected=self._rejected,
+            statistics=statistics.to_json(),
+        )
+
+
+class _RetriedShard:
+    """A finished shard of an earlier run, of which the rejected sources are tried again."""
+
+    def __init__(self, number: int, record: ShardRecord) -> None:
+        self.number = number
+        self.record = record
+        self._tried = 0
+        self._rows: list[CodeRows] = []
+        self._fresh = 0
+        self._decisions = DecisionStatistics()
+        self._gained: list[tuple[int, str]] = []
+        self._digests: list[str] = []
+        self._rejected: list[RejectedSource] = []
+
+    def add(self, chunk: Chunk, result: ChunkResult, rows: CodeRows) -> None:
+        """Add a chunk of rejected sources and its result, with all its rows."""
+        before = self.record.rejected[self._tried : self._tried + len(chunk)]
+        self._tried += len(chunk)
+        self._rows.append(rows)
+        self._fresh += result.rows.codes.shape[0]
+        self._decisions.add(result.decisions)
+        self._gained += [(before[place].position, before[place].id) for place in result.kept]
+        self._digests += result.digests
+        self._rejected += [
+            before[one.position]._replace(reason=one.reason, kind=one.kind)
+            for one in result.rejected
+        ]
+
+    def write(self, store: ShardStore, meta: dict[str, Any], *, has_digests: bool) -> ShardRecord:
+        """Write the shard with the rows it has gained; without any, it stays as it is."""
+        if self._rejected == self.record.rejected:
+            return self.record
+        stored = read_codes(store.path(self.number))
+        rejected = {one.position for one in self.record.rejected}
+        kept = [place for place in range(self.record.sources) if place not in rejected]
+        order = np.argsort([*kept, *(position for position, _ in self._gained)], kind="stable")
+        latent_dim = stored.codes.shape[1]
+        earlier = CodeRows(codes=stored.codes, gamma=stored.gamma, sigma=stored.sigma)
+        rows = take_rows(stack_rows([earlier, *self._rows], latent_dim), order)
+        ids = [*stored.ids, *(name for _, name in self._gained)]
+        digests = [*(stored.digests or []), *self._digests]
+        statistics = CodeStatistics.from_json(self.record.statistics)
+        statistics.decisions.add(self._decisions)
+        fresh = statistics.fresh + self._fresh
+        found = CodeStatistics.of(rows.codes, fresh=fresh, decisions=statistics.decisions)
+        return store.write(
+            self.number,
+            CodeFile(
+                rows.codes,
+                [ids[place] for place in order],
+                meta,
+                rows.gamma,
+                rows.sigma,
+                [digests[place] for place in order] if has_digests else None,
+            ),
+            sources=self.record.sources,
+            fingerprint=self.record.fingerprint,
+            rejected=self._rejected,
+            statistics=found.to_json(),
+        )
 
 
 class _Planned(NamedTuple):
-    """What comes next, in the order of the sources: a chunk, or a shard that is there already."""
+    """What comes next, in the order of the sources: a chunk of a shard, or a finished shard."""
 
     shard: int
     chunk: Chunk
     record: ShardRecord | None = None
-
-
-class _Shard:
-    """The shard in hand."""
-
-    def __init__(self, number: int) -> None:
-        self.number = number
-        self.source_count = 0
-        self.fresh = 0
-        self.rows: list[CodeRows] = []
-        self.ids: list[str] = []
-        self.digests: list[str] = []
-        self.bad: list[tuple[str, str]] = []
-        self.fingerprint = Fingerprint()
-
-    def add(self, chunk: Chunk, piece: Piece, rows: CodeRows) -> None:
-        """Add a chunk and what became of it, with all its rows."""
-        ids = [source.id for source in chunk]
-        self.source_count += len(ids)
-        self.fresh += piece.rows.codes.shape[0]
-        self.rows.append(rows)
-        self.ids += [ids[place] for place in piece.kept] if piece.bad else ids
-        self.digests += piece.digests
-        self.bad += [(ids[bad.position], bad.reason) for bad in piece.bad]
-        self.fingerprint.add(ids, piece.stamps)
+    """Record of the shard where an earlier run has finished it; the chunk is then of sources that
+    it rejected."""
 
 
 class _Run:
@@ -150,82 +240,82 @@ class _Run:
     def __init__(
         self,
         job: Job,
-        parts: Parts,
+        store: ShardStore,
         meta: dict[str, Any],
         outcome: Outcome,
-        old: OldCodes | None,
+        previous: PreviousCodes | None,
         report: Progress | None,
     ) -> None:
-        self.outcome = outcome
-        self.records: list[ShardRecord] = []
-        self._job, self._parts, self._meta = job, parts, meta
-        self._old, self._report = old, report
+        self._outcome = outcome
+        self._records: list[ShardRecord] = []
+        self._job, self._store, self._meta = job, store, meta
+        self._previous, self._report = previous, report
         self._planned: deque[_Planned] = deque()
-        self._shard: _Shard | None = None
+        self._shard: _Shard | _RetriedShard | None = None
         self._done = 0
-        self._counts_near = True
 
-    def encode(self, pool: Pool, sources: Iterator[Source]) -> None:
+    def encode(self, executor: Executor, sources: Iterator[Source]) -> None:
         """Make every shard that is not there yet."""
-        self._counts_near = pool.counts_near
-        size = ChunkSize(self._job.chunk_size, pool.largest_chunk, pool.workers)
-        for piece in pool.run(self._plan(sources, size)):
-            size.learn(piece)
+        size = ChunkSize(self._job.batch_size, executor.largest_chunk, executor.workers)
+        for result in executor.run(self._plan(sources, size)):
+            size.learn(result)
             self._reuse_shards()
             planned = self._planned.popleft()
             if self._shard is None or self._shard.number != planned.shard:
                 self._write_shard()
-                self._shard = _Shard(planned.shard)
-            self._add(self._shard, planned.chunk, piece)
+                self._shard = self._open_shard(planned)
+            self._add(self._shard, planned.chunk, result)
         self._reuse_shards()
         self._write_shard()
 
-    def finish(self) -> None:
-        """Write the list of bad sources, and make the shards the output.
+    def finish(self, convert: Convert | None) -> None:
+        """Write the list of rejected sources, and make the shards the output.
 
         Raises:
-            InputError: There is no row, or a bad source and the job is strict.
+            InputError: There is no row, or a rejected source and the run is strict.
         """
         began = time.perf_counter()
         errors = self._write_errors()
-        if not self.outcome.figures.rows:
-            raise _none_readable(self.records)
-        if self._job.is_strict and self.outcome.bad:
-            total = self.outcome.bad + self.outcome.figures.rows
+        if not self._outcome.statistics.images:
+            self._store.remove()
+            raise self._none_readable(errors)
+        if self._job.is_strict and self._outcome.rejected:
+            total = self._outcome.rejected + self._outcome.statistics.images
             raise InputError(
-                f"--strict: {self.outcome.bad} of {total} files cannot be read, see {errors}."
-                f" No codes were written; what was encoded is kept in {self._parts.folder}."
+                f"--strict: {self._outcome.rejected} of {total} inputs cannot be read, see"
+                f" {errors}. No codes were written; what was encoded is kept in"
+                f" {self._store.folder}, and the same command tries the others again."
             )
         if self._job.is_folder:
-            self._parts.keep(self.records, self._job.out, errors.name if errors else None)
+            self._store.keep(self._records, errors.name if errors else None)
         else:
-            paths = self._parts.paths(len(self.records))
-            if self._job.convert is not None:
-                self._job.convert(paths, self._job.out)
+            paths = self._store.paths(len(self._records))
+            if convert is not None:
+                convert(paths, self._job.out)
             else:
                 join_codes(paths, self._job.out, self._meta, compress=self._job.compress)
-            self._parts.remove()
-        self.outcome.seconds.write += time.perf_counter() - began
+            self._store.remove()
+        self._outcome.seconds.write += time.perf_counter() - began
 
-    def how_to_go_on(self) -> str:
-        """Return what to tell someone who interrupted the run."""
-        kept = self._parts.count_sources()
+    def how_to_resume(self) -> str:
+        """Return what to tell someone whose run has stopped."""
+        kept = self._store.count_sources()
         if not kept:
-            return "interrupted before the first shard was whole. Nothing was written."
+            return "no shard was finished, and nothing was written: run the same command again."
         return (
-            f"interrupted; {kept:,} images are done and kept in {self._parts.folder}. Run the same"
-            " command again to go on from there."
+            f"{kept:,} images are done and kept in {self._store.folder}: run the same command"
+            " again to resume."
         )
 
     def _plan(self, sources: Iterator[Source], size: ChunkSize) -> Iterator[Chunk]:
-        """Give the chunks of the shards that are not there, and note the order of everything."""
+        """Give the chunks that are to be done, and note the order of everything."""
         for number in count():
             group: Iterator[Source] = islice(sources, self._job.shard_rows)
-            record = self._parts.record(number)
+            record = self._store.record(number)
             if record is not None:
                 listed = tuple(group)
-                if listed and _fingerprint(listed) == record.fingerprint:
-                    self._planned.append(_Planned(number, (), record))
+                if listed and _fingerprint(listed, record) == record.fingerprint:
+                    yield from self._plan_retries(number, listed, record, size)
                     continue
                 group = iter(listed)
             is_empty = True
@@ -236,26 +326,48 @@ class _Run:
             if is_empty:
                 return
 
+    def _plan_retries(
+        self, number: int, listed: Sequence[Source], record: ShardRecord, size: ChunkSize
+    ) -> Iterator[Chunk]:
+        """Give the sources that an earlier run has rejected, to be tried again."""
+        if not record.rejected:
+            self._planned.append(_Planned(number, (), record))
+        for chunk in size.cut(listed[one.position] for one in record.rejected):
+            self._planned.append(_Planned(number, chunk, record))
+            yield chunk
+
+    def _open_shard(self, planned: _Planned) -> _Shard | _RetriedShard:
+        if planned.record is None:
+            return _Shard(planned.shard, self._outcome.statistics.latents)
+        self._note_resumed(planned.record)
+        return _RetriedShard(planned.shard, planned.record)
+
     def _reuse_shards(self) -> None:
-        """Take over the shards that are there and come next."""
-        while self._planned and self._planned[0].record is not None:
+        """Take over the finished shards that come next and have nothing to be tried again."""
+        while self._planned and not self._planned[0].chunk:
             self._write_shard()
             record = self._planned.popleft().record
             assert record is not None
-            self.outcome.resumed += record.sources
+            self._note_resumed(record)
             self._note(record)
-            self._tell(record.sources)
 
-    def _add(self, shard: _Shard, chunk: Chunk, piece: Piece) -> None:
-        if piece.bad and self._job.fails_at_once:
-            first = piece.bad[0]
+    def _note_resumed(self, record: ShardRecord) -> None:
+        self._outcome.resumed += record.rows
+        self._tell(record.rows)
+
+    def _add(self, shard: _Shard | _RetriedShard, chunk: Chunk, result: ChunkResult) -> None:
+        if result.rejected and self._job.on_error == "fail":
+            first = result.rejected[0]
             raise InputError(
                 f"{chunk[first.position].id}: {first.reason}."
-                " --on-error fail stops at the first unreadable file."
+                " --on-error fail stops at the first unreadable input.",
+                kind=first.kind,
             )
-        rows = piece.rows if self._old is None else self._old.merge(piece.rows, piece.old_rows)
-        shard.add(chunk, piece, rows)
-        self.outcome.seconds.add(piece.seconds)
+        rows = result.rows
+        if self._previous is not None:
+            rows = self._previous.merge(rows, result.reused)
+        shard.add(chunk, result, rows)
+        self._outcome.seconds.add(result.seconds)
         self._tell(len(chunk))
 
     def _write_shard(self) -> None:
@@ -264,31 +376,15 @@ class _Run:
         if shard is None:
             return
         began = time.perf_counter()
-        latent_dim = len(self.outcome.figures.firing)
-        rows = stack_rows(shard.rows, latent_dim)
-        record = self._parts.write(
-            shard.number,
-            rows,
-            shard.ids,
-            shard.digests if self._job.has_digests else None,
-            self._meta,
-            sources=shard.source_count,
-            fingerprint=shard.fingerprint.value(),
-            bad=shard.bad,
-            figures=Figures.of(
-                rows, fresh=shard.fresh, judged=shard.fresh if self._counts_near else 0
-            ).to_json(),
-        )
-        self._note(record)
-        self.outcome.seconds.write += time.perf_counter() - began
+        self._note(shard.write(self._store, self._meta, has_digests=self._job.is_update))
+        self._outcome.seconds.write += time.perf_counter() - began
 
     def _note(self, record: ShardRecord) -> None:
-        self.records.append(record)
-        self.outcome.figures.add(Figures.from_json(record.figures))
-        self.outcome.bad += len(record.bad)
-        for _, reason in record.bad:
-            kind = reason.split(":")[0]
-            self.outcome.reasons[kind] = self.outcome.reasons.get(kind, 0) + 1
+        self._records.append(record)
+        self._outcome.statistics.add(CodeStatistics.from_json(record.statistics))
+        self._outcome.rejected += len(record.rejected)
+        for one in record.rejected:
+            self._outcome.reasons[one.kind] = self._outcome.reasons.get(one.kind, 0) + 1
 
     def _tell(self, source_count: int) -> None:
         self._done += source_count
@@ -297,54 +393,51 @@ class _Run:
 
     def _write_errors(self) -> Path | None:
         """Write the sources without a row as JSON lines; without any, remove an earlier list."""
-        folder = self._parts.folder if self._job.is_folder else None
-        path = errors_path(self._job.out) if folder is None else folder / _ERRORS
-        if not self.outcome.bad:
+        is_folder = self._job.is_folder
+        path = self._store.folder / ERRORS_LIST if is_folder else self._job.errors_path
+        if not self._outcome.rejected:
             path.unlink(missing_ok=True)
             return None
         with atomic_file(path) as file:
-            for record in self.records:
-                for name, reason in record.bad:
-                    line = json.dumps({"id": name, "reason": reason}) + "\n"
-                    file.write(line.encode())
+            for record in self._records:
+                for one in record.rejected:
+                    entry = {"id": one.id, "reason": one.reason, "kind": one.kind}
+                    file.write((json.dumps(entry) + "\n").encode())
         return path
+
+    def _none_readable(self, errors: Path | None) -> InputError:
+        first = self._records[0].rejected[0]
+        listed = "" if self._job.is_folder else f" All reasons are in {errors}."
+        return InputError(
+            f"none of {self._outcome.rejected} inputs can be read; the first: {first.id}:"
+            f" {first.reason}. No codes were written.{listed}",
+            kind=first.kind,
+        )
 
 
 def count_finished(
-    parts: Parts, identity: dict[str, Any], sources: Iterator[Source], shard_rows: int
+    store: ShardStore, identity: dict[str, Any], sources: Iterator[Source], shard_rows: int
 ) -> int:
     """Return how many of the sources an interrupted run of this identity has done."""
-    is_same = parts.is_of(identity | {"shard_rows": shard_rows})
+    is_same = store.is_of(identity | {"shard_rows": shard_rows})
     done = 0
     for number in count():
         group = tuple(islice(sources, shard_rows))
         if not group:
             return done
-        record = parts.record(number) if is_same else None
-        if record is not None and _fingerprint(group) == record.fingerprint:
-            done += record.sources
+        record = store.record(number) if is_same else None
+        if record is not None and _fingerprint(group, record) == record.fingerprint:
+            done += record.rows
     raise AssertionError("count() does not end")
 
 
-def errors_path(out: Path) -> Path:
-    """Return where inputs without a row are listed.
-
-    `codes.npz` gives `codes.errors.jsonl`, `codes.parquet` `codes.parquet.errors.jsonl`: both
-    may lie in one folder.
-    """
-    return out.with_name(f"{out.stem if out.suffix == '.npz' else out.name}.errors.jsonl")
-
-
-def _fingerprint(sources: Sequence[Source]) -> str:
+def _fingerprint(sources: Sequence[Source], record: ShardRecord) -> str:
+    """Return the digest that sources would give if the same ones were rejected."""
+    rejected = {one.position for one in record.rejected}
+    signatures = [
+        _NO_SIGNATURE if place in rejected else file_signature(source)
+        for place, source in enumerate(sources)
+    ]
     digest = Fingerprint()
-    digest.add([source.id for source in sources], [stamp_of(source) for source in sources])
+    digest.add([source.id for source in sources], signatures)
     return digest.value()
-
-
-def _none_readable(records: Sequence[ShardRecord]) -> InputError:
-    total = sum(len(record.bad) for record in records)
-    name, reason = records[0].bad[0]
-    return InputError(
-        f"none of {total} image files can be read; the first: {name}: {reason}."
-        " Nothing was written."
-    )

@@ -1,4 +1,4 @@
-"""The work in progress of a run: shards in a folder beside the output, each whole or not there.
+"""Shards of a run in progress, in a folder beside the output: each whole or not there.
 
 A shard is a codes file and a record; the record is written last, so a shard with a record is
 complete. `run.json` says what the run is. The same run finds its shards again after any
@@ -12,7 +12,7 @@ from collections.abc import Iterator, Sequence
 from contextlib import contextmanager, suppress
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import Any, Final, Self
+from typing import Any, Final, NamedTuple
 
 from vsc_serve.atomic import atomic_file, name_beside, replace_folder
 from vsc_serve.codes import (
@@ -20,17 +20,17 @@ from vsc_serve.codes import (
     ERRORS_LIST,
     SHARD_FORMAT,
     SHARD_LIST,
-    CodeRows,
+    CodeFile,
     write_codes,
 )
-from vsc_serve.errors import InputError, UsageError
+from vsc_serve.errors import InputError, Kind, UsageError
 from vsc_serve.locks import exclusive
 from vsc_serve.outputs import FolderKind, remove_folder
 
 SHARD_ROWS: Final = 100_000
 """Sources in a shard."""
 
-_FORMAT: Final = 1
+_FORMAT: Final = 2
 _RUN: Final = "run.json"
 
 
@@ -44,20 +44,30 @@ WORK_FOLDER: Final = FolderKind(
 )
 
 
+class RejectedSource(NamedTuple):
+    """A source without a row."""
+
+    position: int
+    """Its place in the shard."""
+    id: str
+    reason: str
+    kind: Kind
+
+
 @dataclass(frozen=True, kw_only=True)
 class ShardRecord:
-    """What is known of a finished shard."""
+    """Facts about a finished shard."""
 
     rows: int
     sources: int
     """Rows and sources without one."""
     fingerprint: str
-    """Digest of the sources: ids, sizes, times."""
+    """Digest of the sources: ids, and sizes and times of those with a row."""
     sha256: str
     """Digest of the codes file."""
-    bad: list[tuple[str, str]]
-    """Id and reason of each source without a row."""
-    figures: dict[str, Any]
+    rejected: list[RejectedSource]
+    """Sources without a row; they are tried again by every run."""
+    statistics: dict[str, Any]
     """What the closing summary adds up."""
 
 
@@ -67,9 +77,10 @@ class Fingerprint:
     def __init__(self) -> None:
         self._digest = hashlib.sha256()
 
-    def add(self, ids: Sequence[str], stamps: Sequence[str]) -> None:
+    def add(self, ids: Sequence[str], signatures: Sequence[str]) -> None:
         """Add sources by their ids, and by what changes when they do."""
-        lines = [f"{name}\0{stamp}\n" for name, stamp in zip(ids, stamps, strict=True)]
+        pairs = zip(ids, signatures, strict=True)
+        lines = [f"{name}\0{signature}\n" for name, signature in pairs]
         self._digest.update("".join(lines).encode("utf-8", "surrogatepass"))
 
     def value(self) -> str:
@@ -77,29 +88,23 @@ class Fingerprint:
         return self._digest.hexdigest()
 
 
-class Parts:
+class ShardStore:
     """The folder of a run's shards.
 
     Args:
-        out: What the run writes.
-        folder: Where the shards are.
+        out: What the run writes: `codes.npz` has its shards in `codes.npz.parts`.
     """
 
-    def __init__(self, out: Path, folder: Path) -> None:
+    def __init__(self, out: Path) -> None:
         self._out = out
-        self.folder = folder
-
-    @classmethod
-    def beside(cls, out: Path) -> Self:
-        """Return the parts of a run that writes `out`: `codes.npz` gives `codes.npz.parts`."""
-        return cls(out, name_beside(out, suffix=".parts"))
+        self.folder = name_beside(out, suffix=".parts")
 
     @contextmanager
     def locked(self) -> Iterator[None]:
         """Keep other runs out of the output; the folder goes again without a finished shard.
 
         Raises:
-            UsageError: Another run is writing there, or the folder's name is taken by another one.
+            UsageError: Another run is writing there, or the folder's name is taken.
             InputError: The folder cannot be made.
         """
         with exclusive(self._out):
@@ -142,7 +147,8 @@ class Parts:
         stored = self._read(self._path(number, "json"))
         if not stored or not self._path(number, "npz").is_file():
             return None
-        return ShardRecord(**stored | {"bad": [(name, why) for name, why in stored["bad"]]})
+        rejected = [RejectedSource(*entry) for entry in stored["rejected"]]
+        return ShardRecord(**stored | {"rejected": rejected})
 
     def count_sources(self) -> int:
         """Return how many sources the finished shards have."""
@@ -150,23 +156,12 @@ class Parts:
         records = [self.record(number) for number in numbers]
         return sum(record.sources for record in records if record is not None)
 
-    def write(
-        self,
-        number: int,
-        rows: CodeRows,
-        ids: Sequence[str],
-        digests: Sequence[str] | None,
-        meta: dict[str, Any],
-        **facts: Any,
-    ) -> ShardRecord:
+    def write(self, number: int, shard: CodeFile, **facts: Any) -> ShardRecord:
         """Write a shard and its record.
 
         Args:
             number: Its place, from 0.
-            rows: Codes.
-            ids: One per row.
-            digests: One per row, if they are kept.
-            meta: Provenance.
+            shard: Codes, ids and provenance.
             **facts: Fields of the record.
 
         Raises:
@@ -174,45 +169,59 @@ class Parts:
         """
         path = self._path(number, "npz")
         self._path(number, "json").unlink(missing_ok=True)
-        write_codes(
-            path, rows.codes, ids, meta, gamma=rows.gamma, sigma=rows.sigma, digests=digests
-        )
+        codes, ids, meta, gamma, sigma, digests = shard
+        write_codes(path, codes, ids, meta, gamma=gamma, sigma=sigma, digests=digests)
         with path.open("rb") as file:
             sha256 = hashlib.file_digest(file, "sha256").hexdigest()
         record = ShardRecord(rows=len(ids), sha256=sha256, **facts)
-        _write_json(self._path(number, "json"), asdict(record))
+        self.write_record(number, record)
         return record
+
+    def write_record(self, number: int, record: ShardRecord) -> None:
+        """Write the record of a shard whose codes are there. Raises InputError."""
+        _write_json(self._path(number, "json"), asdict(record))
+
+    def path(self, number: int) -> Path:
+        """Return the codes file of a shard."""
+        return self._path(number, "npz")
 
     def paths(self, count: int) -> list[Path]:
         """Return the files of the first `count` shards."""
-        return [self._path(number, "npz") for number in range(count)]
+        return [self.path(number) for number in range(count)]
 
-    def keep(self, records: Sequence[ShardRecord], out: Path, also: str | None = None) -> None:
-        """Make the folder itself the output: shards, their list, the file `also`, nothing else."""
+    def keep(self, records: Sequence[ShardRecord], also: str | None = None) -> None:
+        """Make the folder itself the output: shards, their list, the file `also`, nothing else.
+
+        Raises:
+            UsageError: What is there is no folder of codes.
+            InputError: It cannot be written.
+        """
         shards = [
-            {"file": self._path(number, "npz").name, "rows": record.rows, "sha256": record.sha256}
+            {"file": self.path(number).name, "rows": record.rows, "sha256": record.sha256}
             for number, record in enumerate(records)
         ]
         _write_json(self.folder / SHARD_LIST, {"format": SHARD_FORMAT, "shards": shards})
         wanted = {SHARD_LIST, also, *(str(shard["file"]) for shard in shards)}
-        for path in self.folder.iterdir():
-            if path.name not in wanted:
-                path.unlink()
         try:
-            replace_folder(self.folder, out, CODES_FOLDER)
+            for path in self.folder.iterdir():
+                if path.name not in wanted:
+                    path.unlink()
+            replace_folder(self.folder, Path(os.path.realpath(self._out)), CODES_FOLDER)
         except OSError as error:
-            raise InputError(f"{out}: cannot be written ({error.strerror or error}).") from error
+            raise InputError(
+                f"{self._out}: cannot be written ({error.strerror or error})."
+            ) from error
 
     def remove(self) -> None:
-        """Remove the folder and what is in it, unless somebody has put something of theirs there."""
+        """Remove the folder with all in it, unless somebody has put something of theirs there."""
         with suppress(OSError, UsageError):
             remove_folder(self.folder, WORK_FOLDER)
 
     def _records(self) -> Iterator[Path]:
         return self.folder.glob("part-*.json")
 
-    def _path(self, number: int, ending: str) -> Path:
-        return self.folder / f"part-{number:05}.{ending}"
+    def _path(self, number: int, extension: str) -> Path:
+        return self.folder / f"part-{number:05}.{extension}"
 
     def _read(self, path: Path) -> dict[str, Any]:
         """Read a JSON object; one that is missing or damaged is empty."""

@@ -7,9 +7,15 @@ from typing import NamedTuple
 
 from vsc_serve.bundle import open_bundle
 from vsc_serve.codes import CodeRows
-from vsc_serve.executors.choose import open_pool
-from vsc_serve.executors.chunks import ChunkSize
-from vsc_serve.executors.task import Chunk, Pool
+from vsc_serve.executors import (
+    Chunk,
+    ChunkSize,
+    Executor,
+    ExecutorOptions,
+    ReadOptions,
+    open_executor,
+)
+from vsc_serve.images import MAX_PIXELS
 from vsc_serve.options import PLAIN, EncodeOptions
 from vsc_serve.session import Device
 from vsc_serve.sources import Ids, Source, find_sources
@@ -22,8 +28,13 @@ class Batch(NamedTuple):
     """One row per source that could be read."""
     ids: list[str]
     """Id of each row."""
-    bad: list[tuple[str, str]]
+    rejected: list[tuple[str, str]]
     """Id and reason of each source without a row."""
+
+    @property
+    def bad(self) -> list[tuple[str, str]]:
+        """The same as `rejected`, by its name before version 0.2."""
+        return self.rejected
 
 
 def stream(
@@ -36,11 +47,12 @@ def stream(
     batch_size: int | None = None,
     exclude: Sequence[str] = (),
     ids: Ids = "relative",
+    max_pixels: int = MAX_PIXELS,
 ) -> Iterator[Batch]:
-    """Encode pictures as `vsc encode` does; give the codes in order, as they are ready.
+    """Encode images as `vsc encode` does; give the codes in order, as they are ready.
 
         for batch in stream("model/", ["images/"]):
-            batch.ids, batch.rows.codes, batch.bad
+            batch.ids, batch.rows.codes, batch.rejected
 
     Args:
         model: The bundle.
@@ -51,19 +63,23 @@ def stream(
         batch_size: Sources of a batch; by default as many as take a tenth of a second.
         exclude: Patterns of paths to leave out.
         ids: What rows are called.
+        max_pixels: Largest image that is decoded, in pixels.
 
     Raises:
-        VscError: No picture was found, or the model cannot be opened; on the first batch.
+        VscError: No image was found, or the model cannot be opened; on the first batch.
     """
-    manifest = open_bundle(Path(model)).manifest
+    bundle = open_bundle(Path(model))
+    how = ExecutorOptions(device=device, workers=workers, read=ReadOptions(max_pixels=max_pixels))
     sources = find_sources([str(given) for given in inputs], exclude=exclude, ids=ids)
-    with open_pool(Path(model), manifest, options, device=device, workers=workers) as pool:
-        yield from batches(pool, sources, batch_size)
+    with open_executor(bundle, options, how) as executor:
+        yield from batches(executor, sources, batch_size)
 
 
-def batches(pool: Pool, sources: Iterator[Source], batch_size: int | None) -> Iterator[Batch]:
-    """Encode sources with what reads and encodes; see `stream`."""
-    size = ChunkSize(batch_size, pool.largest_chunk, pool.workers)
+def batches(
+    executor: Executor, sources: Iterator[Source], batch_size: int | None
+) -> Iterator[Batch]:
+    """Encode sources with an executor; see `stream`."""
+    size = ChunkSize(batch_size, executor.largest_chunk, executor.workers)
     waiting: deque[Chunk] = deque()
 
     def noted() -> Iterator[Chunk]:
@@ -71,8 +87,8 @@ def batches(pool: Pool, sources: Iterator[Source], batch_size: int | None) -> It
             waiting.append(chunk)
             yield chunk
 
-    for piece in pool.run(noted()):
-        size.learn(piece)
+    for result in executor.run(noted()):
+        size.learn(result)
         chunk = waiting.popleft()
-        bad = [(chunk[one.position].id, one.reason) for one in piece.bad]
-        yield Batch(piece.rows, [chunk[place].id for place in piece.kept], bad)
+        rejected = [(chunk[one.position].id, one.reason) for one in result.rejected]
+        yield Batch(result.rows, [chunk[place].id for place in result.kept], rejected)

@@ -1,20 +1,19 @@
-"""Codes of an earlier run, so that only new and changed pictures are encoded again."""
+"""Codes of an earlier run, so that only new and changed images are encoded again."""
 
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, Final
 
 import numpy as np
-from numpy.typing import NDArray
 
-from vsc_serve.codes import CodeFile, CodeRows, build_csr, read_codes, stack_rows
+from vsc_serve.codes import CodeFile, CodeRows, read_codes, stack_rows, take_rows
 from vsc_serve.executors.digests import save_digests
 from vsc_serve.options import EncodeOptions
 
 _SAME: Final = ("model_digest", "tau", "view", "max_active", "engine")
 
 
-class OldCodes:
+class PreviousCodes:
     """The rows of an earlier codes file.
 
     Args:
@@ -29,14 +28,14 @@ class OldCodes:
         """Write the digests for the workers."""
         save_digests(path, self._digests)
 
-    def merge(self, fresh: CodeRows, old_rows: Sequence[int]) -> CodeRows:
-        """Put fresh and old rows in their order.
+    def merge(self, fresh: CodeRows, reused: Sequence[int]) -> CodeRows:
+        """Put fresh and earlier rows in their order.
 
         Args:
             fresh: Rows that were just made.
-            old_rows: For each row wanted, the old one it repeats, or -1 for the next fresh one.
+            reused: For each row wanted, the earlier one it repeats, or -1 for the next fresh one.
         """
-        wanted = np.array(old_rows, np.int64)
+        wanted = np.array(reused, np.int64)
         is_old = wanted >= 0
         both = stack_rows([fresh, take_rows(self._rows, wanted[is_old])], fresh.codes.shape[1])
         order = np.empty(len(wanted), np.int64)
@@ -45,9 +44,9 @@ class OldCodes:
         return take_rows(both, order)
 
 
-def open_old(
+def open_previous(
     path: Path, provenance: dict[str, Any], options: EncodeOptions
-) -> tuple[OldCodes | None, str]:
+) -> tuple[PreviousCodes | None, str]:
     """Open the codes that are to be updated.
 
     Args:
@@ -56,7 +55,7 @@ def open_old(
         options: How they are encoded.
 
     Returns:
-        The old codes; or None, and why all is encoded.
+        The codes; or None, and why all is encoded.
 
     Raises:
         InputError: What is there is no codes file.
@@ -71,21 +70,4 @@ def open_old(
             return None, f"{path} has another {name}: {stored.meta.get(name)}"
     if (stored.gamma is not None) != options.uncertainty:
         return None, f"{path} was made {'without' if options.uncertainty else 'with'} --uncertainty"
-    return OldCodes(stored), ""
-
-
-def take_rows(rows: CodeRows, order: NDArray[np.int64]) -> CodeRows:
-    """Return the given rows in the given order; the counts stay those of all rows."""
-    codes = rows.codes
-    lengths = np.diff(codes.indptr)[order]
-    bounds = np.zeros(len(order) + 1, np.int64)
-    np.cumsum(lengths, out=bounds[1:])
-    entries = np.repeat(codes.indptr[:-1][order] - bounds[:-1], lengths) + np.arange(bounds[-1])
-    return CodeRows(
-        codes=build_csr(codes.data[entries], codes.indices[entries], bounds, codes.shape[1]),
-        gamma=None if rows.gamma is None else rows.gamma[entries],
-        sigma=None if rows.sigma is None else rows.sigma[entries],
-        near_threshold=rows.near_threshold,
-        kept_energy=rows.kept_energy,
-        total_energy=rows.total_energy,
-    )
+    return PreviousCodes(stored), ""

@@ -17,8 +17,7 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
-from vsc_serve.analysis.features import LIVE_SHARE
-from vsc_serve.codes import Codes, dense_to_csr, stack_codes, threshold, threshold_logit
+from vsc_serve.codes import LIVE_SHARE, Codes, dense_to_csr, stack_codes, threshold, threshold_logit
 from vsc_serve.errors import UsageError
 from vsc_training.backbone import Backbone
 from vsc_training.checkpoint import load_checkpoint

@@ -1,0 +1,167 @@
+"""Do a job: open the inputs and the executor, keep other runs out, and run."""
+
+from collections.abc import Callable, Iterator
+from contextlib import AbstractContextManager, ExitStack
+from dataclasses import replace
+from itertools import chain, islice
+from pathlib import Path
+from typing import Any, Final, NamedTuple
+
+from vsc_serve.bundle import Bundle, open_bundle
+from vsc_serve.console import Progress
+from vsc_serve.encoder import Encoder
+from vsc_serve.errors import UsageError
+from vsc_serve.executors import FIRST, ArrayExecutor, ArrayRow, Executor, open_executor
+from vsc_serve.pipeline.job import STDIN, Job, Scan
+from vsc_serve.pipeline.run import Convert, Outcome, Say, count_finished, run_job
+from vsc_serve.pipeline.shards import ShardStore
+from vsc_serve.pipeline.update import PreviousCodes, open_previous
+from vsc_serve.sources import Source, find_sources
+from vsc_serve.sources.arrays import read_rows
+
+_DIGESTS: Final = "digests.npy"
+
+Show = Callable[[str], AbstractContextManager[Progress]]
+
+
+class Encoded(NamedTuple):
+    """What a job has done."""
+
+    outcome: Outcome
+    scan: Scan
+    executor: Executor
+    """What did it."""
+
+
+class Plan(NamedTuple):
+    """What a job would do."""
+
+    scan: Scan
+    finished: int
+    """Sources that an interrupted run has done."""
+    executor: Executor
+    """What would do the work; not started."""
+
+
+def encode_to_file(job: Job, *, say: Say, show: Show, convert: Convert | None = None) -> Encoded:
+    """Do a job.
+
+    Args:
+        job: What.
+        say: Told what a person should know: a label and a text.
+        show: Opens a display of progress; given what is counted.
+        convert: Writes the output from shards, where it is no codes file.
+
+    Raises:
+        VscError: See `run_job`, `open_executor`, `find_sources` and `check_output`.
+    """
+    job.check_out()
+    bundle = open_bundle(job.model)
+    store, scan = ShardStore(job.out), Scan()
+    with ExitStack() as stack:
+        executor, sources = _open_inputs(job, bundle, scan, store)
+        stack.enter_context(executor)
+        chosen = scan.counted(_take_share(job, sources))
+        first = list(islice(chosen, FIRST * executor.workers))
+        executor.expect(len(first))
+        meta = executor.provenance()
+        say("model", _describe(job, bundle, str(meta["engine"])))
+        stack.enter_context(store.locked())
+        job.check_out()  # once more: another run may have finished in the meantime
+        previous = _open_previous(job, meta, store, say) if job.is_update else None
+        chosen = chain(first, chosen)
+        with show("rows" if job.is_array else "images") as report:
+            outcome = run_job(
+                job,
+                executor,
+                chosen,
+                bundle.manifest.latent_dim,
+                convert=convert,
+                previous=previous,
+                report=report,
+                say=say,
+            )
+    return Encoded(outcome, scan, executor)
+
+
+def plan(job: Job) -> Plan:
+    """Find out what a job would do, and write nothing."""
+    bundle = open_bundle(job.model)
+    store, scan = ShardStore(job.out), Scan()
+    executor, sources = _open_inputs(job, bundle, scan, store)
+    chosen = scan.counted(_take_share(job, sources))
+    finished = count_finished(store, job.identity(), chosen, job.shard_rows)
+    return Plan(scan, finished, executor)
+
+
+def _open_inputs(
+    job: Job, bundle: Bundle, scan: Scan, store: ShardStore
+) -> tuple[Executor, Iterator[Source]]:
+    if job.is_array:
+        return _open_array(job)
+    read = replace(
+        job.executor.read,
+        keeps_digests=job.is_update,
+        digest_table=store.folder / _DIGESTS if job.is_update else None,
+    )
+    executor = open_executor(bundle, job.options, replace(job.executor, read=read))
+    found = find_sources(job.inputs, exclude=job.exclude, ids=job.ids, on_skip=scan.skip)
+    return executor, found
+
+
+def _open_array(job: Job) -> tuple[Executor, Iterator[Source]]:
+    """Open one numpy file. Its rows have numbers for ids, so it cannot join other inputs."""
+    path = Path(job.inputs[0])
+    if len(job.inputs) > 1:
+        raise UsageError("an .npy or .npz file is encoded by itself: give no other input with it")
+    if not path.is_file():
+        raise UsageError(f"{path}: no such file. Check the path.")
+    if job.is_update:
+        raise UsageError(f"{path}: --update compares files; encode an array without it")
+    array = read_rows(path)
+    if not array.ids:
+        raise UsageError(f"{path}: holds no rows. Nothing was written.")
+    encoder = Encoder.open(job.model, device=job.executor.device)
+    rows = (ArrayRow(name, number) for number, name in enumerate(array.ids))
+    return ArrayExecutor(encoder, array.rows, job.options), rows
+
+
+def _take_share(job: Job, sources: Iterator[Source]) -> Iterator[Source]:
+    """Return the sources of one machine of several: a run of consecutive ones, the same always."""
+    number, count = job.share
+    if count == 1:
+        return sources
+    if job.is_array or STDIN in job.inputs:
+        listed = list(sources)
+        total, again = len(listed), iter(listed)
+    else:
+        total = sum(1 for _ in sources)
+        again = find_sources(job.inputs, exclude=job.exclude, ids=job.ids)
+    start, stop = total * (number - 1) // count, total * number // count
+    if start == stop:
+        raise UsageError(f"--shard {number}/{count}: {total} images leave nothing for this share")
+    return islice(again, start, stop)
+
+
+def _open_previous(
+    job: Job, meta: dict[str, Any], store: ShardStore, say: Say
+) -> PreviousCodes | None:
+    """Open the codes that are updated, and lay out their digests for the workers."""
+    previous, why = open_previous(job.out, meta, job.options)
+    store.begin(job.identity() | {"meta": meta, "shard_rows": job.shard_rows})
+    table = store.folder / _DIGESTS
+    if previous is None:
+        table.unlink(missing_ok=True)
+        say("update", f"encoding everything: {why}")
+    else:
+        previous.save_digests(table)
+    return previous
+
+
+def _describe(job: Job, bundle: Bundle, engine: str) -> str:
+    manifest = bundle.manifest
+    tau = manifest.tau if job.options.tau is None else job.options.tau
+    return (
+        f"{job.model}  {manifest.name}, J={manifest.latent_dim}, tau {tau:g},"
+        f" weights {manifest.digest[:6]}, {engine}"
+    )
