@@ -106,7 +106,7 @@ def test_encode_goes_past_broken_files_lists_them_and_counts_them(
     assert_fails(
         vsc("encode", folder, "--out", strict, "--model", tiny_bundle, "--strict"),
         3,
-        "3 of 203 files cannot be read",
+        "3 of 203 inputs cannot be read",
     )
     assert not strict.exists()
 
