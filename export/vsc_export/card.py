@@ -2,7 +2,7 @@
 
 from vsc_export.comparison import GUARD_BAND
 from vsc_export.dial import Rows, TauPoint
-from vsc_export.verify import Parity
+from vsc_export.parity import Parity
 from vsc_serve.bundle import Manifest
 from vsc_training.checkpoint import RunState
 

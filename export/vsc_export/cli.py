@@ -1,7 +1,7 @@
 """`vsc export` and `vsc demo`; torch and onnx are imported inside, so that help stays fast."""
 
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any
+from typing import TYPE_CHECKING, Annotated
 
 import typer
 
@@ -9,8 +9,9 @@ from vsc_serve.console import require_extra, say
 from vsc_serve.errors import UsageError
 
 if TYPE_CHECKING:
+    from vsc_export.options import ExportOptions
+    from vsc_export.parity import Parity
     from vsc_export.topk import Overflow
-    from vsc_export.verify import Parity
     from vsc_export.write import Exported
 
 app = typer.Typer()
@@ -59,6 +60,7 @@ def export(
     """Write a run as a bundle of ONNX files, after proving that they compute the same."""
     require_extra("export", "torch", "onnx", "onnxscript")
     from vsc_export.dial import parse_goal
+    from vsc_export.options import ExportOptions
     from vsc_export.precision import parse_precision
     from vsc_export.triton import REPOSITORY
     from vsc_export.write import export_bundle
@@ -69,19 +71,19 @@ def export(
     check_output(out, BUNDLE_FOLDER, force=force, inputs=given)
     if triton is not None:
         check_output(triton, REPOSITORY, force=force, inputs=[*given, out])
-    options: dict[str, Any] = {
-        "tau": _chosen_tau(tau, calibrate_tau),
-        "name": name,
-        "opset": opset,
-        "precision": parse_precision(precision),
-        "active": parse_goal(calibrate_tau) if calibrate_tau else None,
-        "calibration": calibration,
-        "top_k": top_k,
-        "about": about.read_text(encoding="utf-8") if about else "",
-        "allow_collapsed": allow_collapsed,
-    }
+    options = ExportOptions(
+        tau=_chosen_tau(tau, calibrate_tau),
+        name=name,
+        opset=opset,
+        precision=parse_precision(precision),
+        active=parse_goal(calibrate_tau) if calibrate_tau else None,
+        calibration=calibration,
+        top_k=top_k,
+        about=about.read_text(encoding="utf-8") if about else "",
+        allow_collapsed=allow_collapsed,
+    )
     if backbone is None:
-        done = export_bundle(run, out, **options)
+        done = export_bundle(run, out, options)
     else:
         done = _export_behind(backbone, run, out, options)
     parity, manifest = done.parity, done.manifest
@@ -128,6 +130,9 @@ def verify(
     rows: Annotated[
         int, typer.Option(help="Rows at most, evenly spread over the data.", min=1)
     ] = 10_000,
+    backbone: Annotated[
+        Path | None, typer.Option(help="ONNX image encoder inside the bundle, if it has one.")
+    ] = None,
     device: Annotated[str, typer.Option(help="cpu, cuda or auto.")] = "cpu",
     as_json: Annotated[bool, typer.Option("--json", help="Print the report as JSON.")] = False,
 ) -> None:
@@ -136,7 +141,9 @@ def verify(
     from vsc_export.verify import require_verified, verify_bundle
     from vsc_serve.cli.options import check_device, print_text
 
-    parity = verify_bundle(model, run, data, row_count=rows, device=check_device(device))
+    parity = verify_bundle(
+        model, run, data, row_count=rows, backbone=backbone, device=check_device(device)
+    )
     if as_json:
         print_text(parity.to_json().rstrip())
     else:
@@ -159,11 +166,13 @@ def demo(
     run_demo(out, force=force)
 
 
-def _export_behind(file: Path, run: Path, out: Path, options: dict[str, Any]) -> "Exported":
+def _export_behind(file: Path, run: Path, out: Path, options: "ExportOptions") -> "Exported":
     """Export with a backbone in front, and say how the whole compares with its parts."""
     from vsc_export.backbone import export_with_backbone
 
-    done, found = export_with_backbone(run, out, file, **options)
+    done = export_with_backbone(run, out, file, options)
+    found = done.end_to_end
+    assert found is not None  # only an export without a backbone has none
     same = "the same bytes" if found.bytes_equal else "not the same in every bit"
     say(
         "backbone",

@@ -20,7 +20,7 @@ from torch import Tensor, nn
 
 from vsc_serve.codes import threshold_logit
 from vsc_serve.errors import ExportError
-from vsc_training.model import LOGVAR_RANGE, SPIKE_LOGIT_LIMIT, VSC
+from vsc_training.model import LOGVAR_RANGE, SPIKE_LOGIT_LIMIT, VSC, DataSpec
 
 TAU_INPUT: Final = "tau_logit"
 """Input of the encoder that has a default: ln(tau / (1 - tau))."""
@@ -103,7 +103,7 @@ def encoder_graph(
     Raises:
         ExportError: A layer does not export.
     """
-    rows = example_rows(model, _EXAMPLE_BATCH)
+    rows = example_rows(model.data, _EXAMPLE_BATCH)
     limit = torch.tensor(threshold_logit(tau))
     modality = model.data.modality
     batch = torch.export.Dim("batch")
@@ -130,11 +130,11 @@ def decoder_graph(model: VSC, opset: int) -> onnx.ModelProto:
     )
 
 
-def example_rows(model: VSC, count: int) -> Tensor:
-    """Return rows of the right shape and type for the encoder graph; random, from a fixed seed."""
+def example_rows(data: DataSpec, count: int) -> Tensor:
+    """Return rows of the right shape and type for an encoder graph; random, from a fixed seed."""
     rng = np.random.default_rng(0)
-    shape = (count, *model.data.shape)
-    if model.data.modality == "image":
+    shape = (count, *data.shape)
+    if data.modality == "image":
         return torch.from_numpy(rng.integers(0, 256, shape, dtype=np.uint8))
     return torch.from_numpy(rng.normal(size=shape).astype(np.float32))
 

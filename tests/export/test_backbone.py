@@ -13,8 +13,10 @@ import torch
 from numpy.typing import NDArray
 from onnx import TensorProto, helper, numpy_helper
 
-from vsc_export import backbone as exporter
+from vsc_export import backbone_graph
 from vsc_export.backbone import export_with_backbone
+from vsc_export.options import ExportOptions
+from vsc_export.verify import verify_bundle
 from vsc_serve.bundle import open_bundle
 from vsc_serve.codes import threshold
 from vsc_serve.decoder import Decoder
@@ -108,7 +110,9 @@ def behind(
 ) -> Path:
     """The bundle of `backbone_run`: pictures to codes."""
     out = tmp_path_factory.mktemp("bundles") / "behind"
-    export_with_backbone(backbone_run, out, backbone_file, allow_collapsed=True, top_k=4)
+    export_with_backbone(
+        backbone_run, out, backbone_file, ExportOptions(allow_collapsed=True, top_k=4)
+    )
     return out
 
 
@@ -210,7 +214,9 @@ def test_exporting_twice_gives_the_same_bytes(
     behind: Path, backbone_run: Path, backbone_file: Path, tmp_path: Path
 ) -> None:
     again = tmp_path / "again"
-    export_with_backbone(backbone_run, again, backbone_file, allow_collapsed=True, top_k=4)
+    export_with_backbone(
+        backbone_run, again, backbone_file, ExportOptions(allow_collapsed=True, top_k=4)
+    )
     for path in sorted(behind.rglob("*")):
         if path.is_file():
             assert path.read_bytes() == (again / path.relative_to(behind)).read_bytes(), path.name
@@ -241,14 +247,18 @@ def test_another_backbone_than_the_runs_is_refused(
 ) -> None:
     other = conv_backbone(tmp_path / "other.onnx", seed=1)
     with pytest.raises(ExportError, match=r"not the backbone that .* was trained with: sha256"):
-        export_with_backbone(backbone_run, tmp_path / "out", other, allow_collapsed=True)
+        export_with_backbone(
+            backbone_run, tmp_path / "out", other, ExportOptions(allow_collapsed=True)
+        )
     shifted = tmp_path / "shifted.onnx"
     shutil.copy(backbone_file, shifted)
     shifted.with_suffix(".json").write_text(json.dumps(STATED | {"mean": [0.5, 0.5, 0.3]}))
     with pytest.raises(
         ExportError, match=r"trained with: mean \[0.5, 0.5, 0.3\], there \[0.5, 0.4"
     ):
-        export_with_backbone(backbone_run, tmp_path / "out", shifted, allow_collapsed=True)
+        export_with_backbone(
+            backbone_run, tmp_path / "out", shifted, ExportOptions(allow_collapsed=True)
+        )
     assert not (tmp_path / "out").exists()
 
 
@@ -263,17 +273,67 @@ def test_a_run_on_pictures_has_no_place_for_a_backbone(
 def test_a_graph_that_scales_otherwise_than_training_is_not_written(
     backbone_run: Path, backbone_file: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    scaling = exporter._scaling
+    scaling = backbone_graph._scaling
 
     def forget_the_offset(spec: BackboneSpec) -> list[onnx.TensorProto]:
         factor, offset = scaling(spec)
         zero = numpy_helper.from_array(np.zeros(3, np.float32), offset.name)
         return [factor, zero]
 
-    monkeypatch.setattr(exporter, "_scaling", forget_the_offset)
+    monkeypatch.setattr(backbone_graph, "_scaling", forget_the_offset)
     with pytest.raises(ExportError, match=r"from pixels to codes .* Nothing was written"):
-        export_with_backbone(backbone_run, tmp_path / "out", backbone_file, allow_collapsed=True)
+        export_with_backbone(
+            backbone_run, tmp_path / "out", backbone_file, ExportOptions(allow_collapsed=True)
+        )
     assert list(tmp_path.iterdir()) == []
+
+
+@pytest.mark.slow
+def test_a_moved_row_boundary_is_not_written(
+    backbone_run: Path, backbone_file: Path, tmp_path: Path, move_boundary: Callable[[str], None]
+) -> None:
+    move_boundary("image")
+    message = r"from pixels to codes .*: batch 7, .* encoder_csr.onnx gives other entries"
+    with pytest.raises(ExportError, match=message):
+        export_with_backbone(
+            backbone_run, tmp_path / "out", backbone_file, ExportOptions(allow_collapsed=True)
+        )
+    assert list(tmp_path.iterdir()) == []
+
+
+# verify
+
+
+def test_a_bundle_with_a_backbone_inside_is_verified_from_pixels_to_codes(
+    behind: Path, backbone_run: Path, backbone_file: Path, grey_folder: Path
+) -> None:
+    parity = verify_bundle(behind, backbone_run, grey_folder, row_count=50, backbone=backbone_file)
+    assert parity.failures == []
+    assert parity.rows == {"examples": 50, "noise": 16, "constants": 3}
+    assert {found.batch_size for found in parity.comparisons} == {1, 7, 64, 256}
+
+
+def test_sparse_rows_that_are_not_those_of_the_dense_codes_fail_behind_a_backbone(
+    behind: Path, backbone_run: Path, backbone_file: Path, break_csr: Callable[[str], None]
+) -> None:
+    """A moved row boundary, a shifted index, a lost row, a changed bit; as in test_parity."""
+    break_csr("image")
+    parity = verify_bundle(behind, backbone_run, None, row_count=50, backbone=backbone_file)
+    assert len(parity.failures) == 2
+    for line in parity.failures:
+        assert line.startswith("batch 7, ")
+        assert line.endswith("encoder_csr.onnx gives other entries than encoder.onnx")
+
+
+def test_a_bundle_is_verified_with_the_backbone_that_is_inside(
+    behind: Path, backbone_run: Path, backbone_file: Path, tiny_bundle: Path, tiny_run: Path
+) -> None:
+    with pytest.raises(UsageError, match=r"has a backbone inside\. Give its ONNX file"):
+        verify_bundle(behind, backbone_run, None, row_count=50)
+    with pytest.raises(UsageError, match="the backbone inside is not the one of --backbone"):
+        verify_bundle(tiny_bundle, backbone_run, None, row_count=50, backbone=backbone_file)
+    with pytest.raises(ExportError, match="fitted to pictures of 8x8 grey"):
+        verify_bundle(behind, tiny_run, None, row_count=50, backbone=backbone_file)
 
 
 # the file and what is said of it
@@ -382,9 +442,10 @@ def test_a_newer_operator_set_of_the_backbone_is_taken_for_the_whole(
 ) -> None:
     newer = conv_backbone(tmp_path / "newer.onnx", opset=21)
     run = edit_run(backbone_run, backbone=None)
-    done, found = export_with_backbone(run, tmp_path / "out", newer, allow_collapsed=True)
+    done = export_with_backbone(run, tmp_path / "out", newer, ExportOptions(allow_collapsed=True))
     assert done.manifest.opset == 21
-    assert found.rows == {"noise": 16, "constants": 3}
+    assert done.end_to_end is not None
+    assert done.end_to_end.rows == {"noise": 16, "constants": 3}
 
 
 @pytest.fixture

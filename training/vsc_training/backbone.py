@@ -63,6 +63,11 @@ class BackboneSpec:
     """Digest of the file, and of the files its weights are in."""
 
     @property
+    def is_half(self) -> bool:
+        """Whether it computes in float16."""
+        return self.type == "float16"
+
+    @property
     def factor(self) -> NDArray[np.float32]:
         """What pixels are multiplied by, shape (channels): 1 / (255 std)."""
         return (1.0 / (_LEVELS * np.array(self.std, np.float64))).astype(np.float32)
