@@ -14,7 +14,7 @@ import numpy as np
 import onnx
 from numpy.typing import NDArray
 
-from vsc_export.backbone_graph import IMAGE, at_opset, join_graphs, opset_of
+from vsc_export.backbone_graph import IMAGE, join_graphs
 from vsc_export.graphs import check_graph
 from vsc_export.metadata import describe_model
 from vsc_export.options import DEFAULT, ExportOptions
@@ -33,11 +33,20 @@ from vsc_export.write import (
     save_graphs,
 )
 from vsc_serve.atomic import atomic_folder
-from vsc_serve.bundle import BUNDLE_FOLDER, DECODER, ENCODER, ENCODER_TOPK, MANIFEST
+from vsc_serve.bundle import (
+    BUNDLE_FOLDER,
+    DECODER,
+    ENCODER,
+    ENCODER_TOPK,
+    MANIFEST,
+    Manifest,
+    Precision,
+)
 from vsc_serve.errors import ExportError, UsageError
 from vsc_training.backbone import Backbone, BackboneSpec
 from vsc_training.checkpoint import Checkpoint, load_checkpoint, load_pictures
 from vsc_training.model import VSC, DataSpec
+from vsc_training.onnx_graph import at_opset, is_half, opset_of, read_graph
 
 
 def export_with_backbone(
@@ -61,10 +70,10 @@ def export_with_backbone(
     """
     if options.precision != "float32":
         raise UsageError("--precision and --backbone: give one of them.")
+    graph = read_graph(file)
     backbone = Backbone.open(file)
     checkpoint = load_checkpoint(run)
     require_fit(checkpoint, backbone.spec, run, file)
-    graph = _load(file)
     of_vectors = replace(options, top_k=None, opset=max(options.opset, opset_of(graph)))
     with tempfile.TemporaryDirectory() as scratch:
         vectors = export_bundle(run, Path(scratch) / "vectors", of_vectors)
@@ -96,13 +105,6 @@ def kept_images(checkpoint: Checkpoint, run: Path) -> NDArray[np.uint8] | None:
     return load_pictures(run) if checkpoint.state.data.backbone is not None else None
 
 
-def _load(file: Path) -> onnx.ModelProto:
-    try:
-        return onnx.load(file)
-    except Exception as error:  # protobuf and onnx raise their own classes
-        raise ExportError(f"{file}: onnx cannot read it ({str(error)[:200]}).") from error
-
-
 def _join(
     vectors: Exported,
     checkpoint: Checkpoint,
@@ -115,7 +117,8 @@ def _join(
     """Write the bundle that takes images from the one that takes vectors."""
     manifest, spec, model = vectors.manifest, backbone.spec, checkpoint.build_model()
     inputs = image_inputs(kept_images(checkpoint, run), spec.pixel_spec, np.random.default_rng(0))
-    facts = _facts(model, spec, manifest.name, manifest.tau)
+    precision: Precision = "fp16" if is_half(graph) else "float32"
+    facts = _facts(model, spec, replace(manifest, precision=precision))
     data = DataSpec(pixel_spec=spec.pixel_spec)
     with atomic_folder(out, BUNDLE_FOLDER) as folder:
         encoder = onnx.load(vectors.path / ENCODER)
@@ -124,7 +127,13 @@ def _join(
         graphs = save_graphs(check_graph(joined), decoder, folder, facts)
         check_shapes(model, folder, data)
         found = measure_parity(
-            model, folder, manifest.tau, inputs, rule=rule_behind(spec), embed=backbone.embed
+            model,
+            folder,
+            manifest.tau,
+            inputs,
+            precision=precision,
+            rule=rule_behind(precision, has_examples="examples" in inputs),
+            embed=backbone.embed,
         )
         _require_end_to_end(found)
         overflow = None
@@ -138,8 +147,9 @@ def _join(
             pixel_spec=spec.pixel_spec,
             input_dim=None,
             backbone=spec.to_json(),
+            precision=precision,
             graphs=graphs,
-            probes=write_probes(model, data, folder, manifest.tau, manifest.precision),
+            probes=write_probes(model, data, folder, manifest.tau, precision),
             files=file_digests(folder),
         )
         (folder / MANIFEST).write_text(manifest.to_json(), encoding="utf-8")
@@ -155,9 +165,9 @@ def _require_end_to_end(found: Parity) -> None:
         )
 
 
-def _facts(model: VSC, spec: BackboneSpec, name: str, tau: float) -> dict[str, str]:
+def _facts(model: VSC, spec: BackboneSpec, manifest: Manifest) -> dict[str, str]:
     """Return what the graphs say about themselves: they take images, not vectors."""
-    facts = describe_model(model, name, tau, "float32")
+    facts = describe_model(model, manifest.name, manifest.tau, manifest.precision)
     del facts["vsc.input_dim"]
     return facts | {
         "vsc.modality": IMAGE,
@@ -174,6 +184,9 @@ def _write_reports(vectors: Exported, spec: BackboneSpec, found: Parity, folder:
     card = (vectors.path / CARD).read_text(encoding="utf-8")
     takes = f"{spec.pixel_spec}, through a backbone that gives vectors of {spec.dim}"
     card = card.replace(f"| input | vectors of {spec.dim} |", f"| input | {takes} |")
+    if found.precision != "float32":
+        stated = f"| precision | {found.precision} in the backbone; the model is float32 |"
+        card = card.replace("| precision | float32 |", stated)
     (folder / CARD).write_text(card + _card_section(spec, found), encoding="utf-8")
 
 

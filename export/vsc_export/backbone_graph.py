@@ -6,10 +6,9 @@ image -> cast, scale, transpose -> backbone -> spike and slab heads -> threshold
 from typing import Any, Final
 
 import onnx
-from onnx import TensorProto, compose, helper, numpy_helper, version_converter
+from onnx import TensorProto, compose, helper, numpy_helper
 
 from vsc_export.graphs import TAU_INPUT, strip_provenance
-from vsc_serve.errors import ExportError
 from vsc_training.backbone import BackboneSpec
 
 IMAGE: Final = "image"
@@ -51,25 +50,6 @@ def join_graphs(
     known = {one.domain for one in joined.opset_import}
     joined.opset_import.extend(one for one in front.opset_import if one.domain not in known)
     return strip_provenance(joined)
-
-
-def opset_of(graph: onnx.ModelProto) -> int:
-    """Return the operator set of a graph."""
-    return max(int(one.version) for one in graph.opset_import if one.domain in ("", "ai.onnx"))
-
-
-def at_opset(graph: onnx.ModelProto, opset: int) -> onnx.ModelProto:
-    """Raise a backbone to a newer operator set."""
-    found = opset_of(graph)
-    if found == opset:
-        return graph
-    try:
-        return version_converter.convert_version(graph, opset)
-    except Exception as error:  # the converter raises RuntimeError and others
-        raise ExportError(
-            f"the backbone has operator set {found} and cannot be raised to {opset}"
-            f" ({str(error)[:200]}). Export the backbone with operator set {opset}."
-        ) from error
 
 
 def _preparing_nodes(spec: BackboneSpec) -> list[onnx.NodeProto]:

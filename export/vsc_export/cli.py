@@ -176,8 +176,10 @@ def _export_behind(file: Path, run: Path, out: Path, options: "ExportOptions") -
     same = "the same bytes" if found.bytes_equal else "not the same in every bit"
     say(
         "backbone",
-        f"{sum(found.rows.values())} pictures x {len(found.comparisons)} settings, from pixels to"
-        f" codes: the same spikes; codes are {same} at every batch size",
+        f"{sum(found.rows.values())} images x {len(found.comparisons)} settings, from pixels to"
+        f" codes: {found.flips_outside_band} spikes flipped outside the band of"
+        f" {found.rule.tolerance.guard_band:g}, {found.flips_inside_band} inside, values within"
+        f" {found.max_value_error:.1e}; codes are {same} at every batch size",
     )
     return done
 

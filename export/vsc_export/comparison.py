@@ -10,10 +10,8 @@ from numpy.typing import NDArray
 
 from vsc_export.graphs import DecoderGraph, EncoderGraph
 from vsc_serve.codes import threshold_logit
+from vsc_serve.options import GUARD_BAND
 from vsc_training.model import VSC
-
-GUARD_BAND: Final = 1e-4
-"""Distance of a spike logit from the threshold below which float noise may decide."""
 
 VALUE_TOLERANCE: Final = 1e-4
 """Largest difference of a code's value, and of a decoded pixel or a vector's scaled dimension."""

@@ -6,9 +6,7 @@ from typing import Final
 
 from vsc_serve.bundle import Precision
 from vsc_serve.codes import threshold_logit
-
-OPSET: Final = 20
-"""ONNX operator set of an export that asks for none."""
+from vsc_training.onnx_graph import OPSET
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -14,10 +14,11 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
-from vsc_export.comparison import GUARD_BAND, exact_encoder
+from vsc_export.comparison import exact_encoder
 from vsc_export.graphs import EncoderGraph
 from vsc_serve.codes import threshold_logit
 from vsc_serve.images import PixelSpec
+from vsc_serve.options import GUARD_BAND
 from vsc_training.model import VSC
 
 NOISE_COUNT: Final = 64

@@ -14,9 +14,10 @@ import numpy as np
 from numpy.typing import NDArray
 
 from vsc_export.compaction import CSR_OUTPUTS
-from vsc_export.comparison import GUARD_BAND, Comparison, Setting, Truth, compare
+from vsc_export.comparison import Comparison, Setting, Truth, compare
 from vsc_serve.bundle import ENCODER, ENCODER_CSR
 from vsc_serve.codes import dense_to_csr
+from vsc_serve.options import GUARD_BAND
 from vsc_serve.session import Device, Session, open_session
 
 BATCH_SIZES: Final = (1, 7, 64, 256)

@@ -102,7 +102,8 @@ def _verify_images(
         path,
         manifest.tau,
         inputs,
-        rule=rule_behind(backbone.spec),
+        precision=manifest.precision,
+        rule=rule_behind(manifest.precision, has_examples="examples" in inputs),
         embed=backbone.embed,
         device=device,
     )

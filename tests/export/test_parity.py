@@ -12,7 +12,7 @@ import torch
 
 from vsc_export import graphs, settings
 from vsc_export.compaction import csr_graph
-from vsc_export.comparison import GUARD_BAND, Setting, Truth, compare, exact_codes
+from vsc_export.comparison import Setting, Truth, compare, exact_codes
 from vsc_export.fidelity import GATES
 from vsc_export.graphs import EncoderGraph, decoder_graph, encoder_graph, example_rows
 from vsc_export.parity import Parity, measure_parity, require_parity
@@ -20,6 +20,7 @@ from vsc_export.parity_inputs import OFFSETS, parity_inputs, push_to_threshold
 from vsc_export.precision import encoder_in, parse_precision
 from vsc_serve.bundle import Precision
 from vsc_serve.errors import ExportError
+from vsc_serve.options import GUARD_BAND
 from vsc_serve.session import open_session
 from vsc_training.checkpoint import load_checkpoint, load_samples
 from vsc_training.model import VSC

@@ -17,11 +17,12 @@ import torch
 from numpy.typing import NDArray
 from onnx.reference import ReferenceEvaluator
 
-from vsc_export.comparison import GUARD_BAND, VALUE_TOLERANCE
+from vsc_export.comparison import VALUE_TOLERANCE
 from vsc_export.graphs import TAU_INPUT, encoder_graph, example_rows
 from vsc_serve.bundle import ENCODER, ENCODER_CSR
 from vsc_serve.codes import build_csr, threshold_logit
 from vsc_serve.images import PixelSpec, read_pixels
+from vsc_serve.options import GUARD_BAND
 from vsc_training.config import load_recipe
 from vsc_training.model import VSC, DataSpec
 

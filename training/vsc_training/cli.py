@@ -3,6 +3,7 @@
 import json
 import sys
 from collections.abc import Callable
+from importlib.util import find_spec
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
@@ -175,6 +176,7 @@ def _embed(
     if size is not None:
         raise UsageError("--size: the file beside --backbone says what pictures become")
     require_extra("train,cpu", "onnxruntime")
+    _check_exportable(file, talk)
     backbone = Backbone.open(file, threads=threads)
     spec = backbone.spec
     talk("backbone", f"{file}: {spec.pixel_spec} to {spec.dim}, sha256 {spec.sha256[:12]}")
@@ -183,6 +185,16 @@ def _embed(
         examples = embed_examples(path, sources, backbone, shown.update)
     _say_data(path, examples, talk)
     return examples
+
+
+def _check_exportable(file: Path, talk: Callable[[str, str], None]) -> None:
+    """Find before training, where onnx is installed, what would keep a backbone from export."""
+    if not (find_spec("onnx") and find_spec("onnx_ir")):
+        talk("backbone", "onnx is not installed: the export will show whether it takes the file")
+        return
+    from vsc_training.onnx_graph import check_exportable
+
+    check_exportable(file)
 
 
 def _say_data(path: Path, examples: "Examples", talk: Callable[[str, str], None]) -> None:
