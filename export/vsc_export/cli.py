@@ -7,6 +7,7 @@ import typer
 
 from vsc_serve.console import require_extra, say
 from vsc_serve.errors import UsageError
+from vsc_training.threads import sleep_when_idle
 
 if TYPE_CHECKING:
     from vsc_export.options import ExportOptions
@@ -59,6 +60,7 @@ def export(
 ) -> None:
     """Write a run as a bundle of ONNX files, after proving that they compute the same."""
     require_extra("export", "torch", "onnx", "onnxscript")
+    sleep_when_idle()
     from vsc_export.dial import parse_goal
     from vsc_export.options import ExportOptions
     from vsc_export.precision import parse_precision
@@ -138,6 +140,7 @@ def verify(
 ) -> None:
     """Measure on any data whether a bundle computes what its run was trained to."""
     require_extra("export", "torch", "onnx", "onnxscript")
+    sleep_when_idle()
     from vsc_export.verify import require_verified, verify_bundle
     from vsc_serve.cli.options import check_device, print_text
 
