@@ -15,7 +15,9 @@ from typing import TYPE_CHECKING, Any, Final, Literal, NamedTuple, Protocol
 import numpy as np
 from numpy.typing import NDArray
 
+from vsc_serve.bundle import Bundle
 from vsc_serve.errors import BundleError, DeviceError
+from vsc_serve.external_data import check_external_files
 
 if TYPE_CHECKING:
     import onnxruntime
@@ -144,7 +146,7 @@ def open_session(
     """Open an ONNX file.
 
     Args:
-        path: The `.onnx` file; its external data lies beside it.
+        path: The `.onnx` file; its external data lies in the same folder.
         device: `cuda` fails where CUDA cannot be used, `auto` falls back to the CPU.
         threads: Threads inside one operator; 0 lets onnxruntime choose.
         device_id: Which GPU, where there are several.
@@ -154,9 +156,10 @@ def open_session(
 
     Raises:
         DeviceError: onnxruntime is not installed, or CUDA was asked for and does not load.
-        BundleError: The file is not a graph onnxruntime can load.
+        BundleError: The file is not a graph onnxruntime can load, or takes weights from elsewhere.
     """
     ort = _import_onnxruntime()
+    _check_files(path)
     if device == "cpu" or (device == "auto" and not cuda_is_there()):
         return _open_on_cpu(ort, path, threads)
     try:
@@ -166,6 +169,50 @@ def open_session(
             raise
         logger.warning("using the CPU: %s", error)
         return _open_on_cpu(ort, path, threads)
+
+
+def open_graph(
+    bundle: Bundle, name: str, *, device: Device = "auto", threads: int = 0, device_id: int = 0
+) -> OnnxSession:
+    """Open a graph of a bundle, whose digest is right and whose shapes are the manifest's.
+
+    Args:
+        bundle: The bundle.
+        name: The graph's file: `encoder.onnx`.
+        device: As in `open_session`, which also says what is raised.
+        threads: The same.
+        device_id: The same.
+    """
+    path, manifest = bundle.path / name, bundle.manifest
+    if name not in manifest.files:
+        raise BundleError(f"{path}: not a part of this bundle. Export again.")
+    session = open_session(path, device=device, threads=threads, device_id=device_id)
+    shapes = manifest.graph_shapes
+    for port in (*session.inputs, *session.outputs):
+        if port.name in shapes and not _fits(port.shape, shapes[port.name]):
+            raise BundleError(
+                f"{path}: {port.name} has shape {list(port.shape)}, but the manifest says"
+                f" {['batch', *shapes[port.name]]}. Export again."
+            )
+    return session
+
+
+def _fits(shape: Sequence[int | str | None], expected: Sequence[int]) -> bool:
+    """Compare the dimensions after the batch; a graph need not say them."""
+    if not shape:
+        return True
+    pairs = zip(shape[1:], expected, strict=False)
+    return len(shape) == len(expected) + 1 and all(
+        found == wanted for found, wanted in pairs if isinstance(found, int)
+    )
+
+
+def _check_files(path: Path) -> None:
+    """Refuse a graph that takes weights from outside its folder; the engine is asked afterwards."""
+    try:
+        check_external_files(path)
+    except (OSError, ValueError) as error:
+        raise BundleError(f"{path}: cannot be loaded ({error}). Export again.") from error
 
 
 def _open_on_cpu(ort: Any, path: Path, threads: int) -> OnnxSession:

@@ -435,10 +435,11 @@ def test_a_bundle_that_gives_other_codes_than_at_export_does_not_open(tiny_bundl
     probe = edit_probe(tiny_bundle)
     assert len(probe["values"]) >= 2
     other_values = [probe["values"][0] + 1.5e-4, *probe["values"][1:]]
+    is_off = min(set(range(6)) - set(probe["indices"]))
     for changes in (
         {"values": other_values},
         {"indices": probe["indices"][1:], "values": probe["values"][1:]},
-        {"indices": [*probe["indices"][:-1], probe["indices"][-1] + 1]},
+        {"indices": sorted([*probe["indices"][:-1], is_off])},
     ):
         edit_probe(tiny_bundle, **probe | changes)
         with pytest.raises(BundleError, match=r"probe.png: gives another code than at export"):
@@ -458,7 +459,7 @@ def test_a_damaged_bundle_does_not_open(tiny_bundle):
     stored = json.loads((tiny_bundle / MANIFEST).read_text(encoding="utf-8"))
     stored["files"][ENCODER] = sha256(tiny_bundle / ENCODER)
     (tiny_bundle / MANIFEST).write_text(json.dumps(stored), encoding="utf-8")
-    with pytest.raises(BundleError, match="onnxruntime cannot load it"):
+    with pytest.raises(BundleError, match=r"encoder.onnx: unreadable \(no ONNX graph"):
         Encoder.open(tiny_bundle, device="cpu")
 
 

@@ -80,10 +80,12 @@ def test_a_file_that_is_no_graph_is_a_bundle_error_and_stdout_stays_clean(tiny_b
     whole = path.read_bytes()
     for content in (whole[: len(whole) // 2], b"", b"not a graph"):
         path.write_bytes(content)
-        with pytest.raises(BundleError, match=r"encoder.onnx: onnxruntime cannot load it \(.*Exp"):
+        with pytest.raises(
+            BundleError, match=r"encoder.onnx: cannot be loaded \(no ONNX graph .*Exp"
+        ):
             open_session(path, device="cpu")
     path.unlink()
-    with pytest.raises(BundleError, match=r"encoder.onnx: onnxruntime cannot load it"):
+    with pytest.raises(BundleError, match=r"encoder.onnx: cannot be loaded \(.*No such file"):
         open_session(path, device="cpu")
     assert capfd.readouterr().out == ""
 
