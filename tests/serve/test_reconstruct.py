@@ -22,7 +22,7 @@ def written(decoder: Decoder, out: Path, ids: list[str]) -> list[str]:
     assert write_reconstructions(
         decoder, CodeFile(codes, ids, {}), rows=range(len(ids)), out=out
     ) == len(ids)
-    return sorted(path.relative_to(out).as_posix() for path in out.rglob("*") if path.is_file())
+    return sorted(path.relative_to(out).as_posix() for path in out.rglob("*.png") if path.is_file())
 
 
 def test_every_row_is_a_file_below_the_folder(decoder, tmp_path):

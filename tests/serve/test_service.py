@@ -36,6 +36,7 @@ from vsc_serve.encoder import Encoder
 from vsc_serve.errors import UsageError
 from vsc_serve.service import JSON, NPZ, Limits, answers, create_app, reading, server
 from vsc_serve.service.server import serve
+from vsc_serve.session import Session
 
 PNG = "image/png"
 
@@ -117,11 +118,11 @@ def client(fake_encoder: Encoder) -> Iterator[AppClient]:
 
 
 @pytest.fixture
-def vector_encoder(fake_encoder: Encoder) -> Encoder:
+def vector_encoder(fake_encoder: Encoder, fake_session: Session) -> Encoder:
     manifest = dataclasses.replace(
         fake_encoder.manifest, name="embeds", modality="vector", pixel_spec=None, input_dim=64
     )
-    return Encoder(fake_encoder._session, manifest)
+    return Encoder(fake_session, manifest)
 
 
 @pytest.fixture
@@ -495,8 +496,8 @@ def test_a_limit_below_one_is_a_usage_error(name):
 # Health, description
 
 
-def test_the_service_is_ready_only_after_a_warm_up(fake_encoder):
-    session = Recorder(fake_encoder._session)
+def test_the_service_is_ready_only_after_a_warm_up(fake_encoder, fake_session):
+    session = Recorder(fake_session)
     app = create_app(Encoder(session, fake_encoder.manifest))
 
     async def scenario() -> None:
@@ -552,8 +553,8 @@ def test_openapi_names_every_media_type_and_refusal_of_encode(client):
 # Threads
 
 
-def test_liveness_answers_while_every_worker_is_busy(fake_encoder):
-    session = Recorder(fake_encoder._session)
+def test_liveness_answers_while_every_worker_is_busy(fake_encoder, fake_session):
+    session = Recorder(fake_session)
     app = create_app(Encoder(session, fake_encoder.manifest), Limits(workers=2))
 
     async def scenario() -> None:
