@@ -14,7 +14,15 @@ from typing import TYPE_CHECKING, Any
 __version__ = "0.1.0"
 
 if TYPE_CHECKING:
-    from vsc_serve.codes import CodeFile, CodeRows, Codes, read_codes, write_codes
+    from vsc_serve.codes import (
+        CodeFile,
+        CodeRows,
+        Codes,
+        DecisionStatistics,
+        read_codes,
+        write_codes,
+    )
+    from vsc_serve.compaction import BatchFacts, Compaction, EncodedBatch, GraphOutputs
     from vsc_serve.decoder import Decoder
     from vsc_serve.encoder import Encoder, Picture
     from vsc_serve.errors import (
@@ -38,18 +46,23 @@ if TYPE_CHECKING:
 
 _HOMES = {
     "Batch": "pipeline",
+    "BatchFacts": "compaction",
     "BundleError": "errors",
     "CheckFailed": "errors",
     "CodeFile": "codes",
     "CodeRows": "codes",
     "Codes": "codes",
+    "Compaction": "compaction",
+    "DecisionStatistics": "codes",
     "Decoder": "decoder",
     "Device": "session",
     "DeviceError": "errors",
     "EncodeOptions": "options",
+    "EncodedBatch": "compaction",
     "Encoder": "encoder",
     "ExportError": "errors",
     "Fit": "images",
+    "GraphOutputs": "compaction",
     "GraphSignature": "manifest",
     "Ids": "sources",
     "InputError": "errors",
@@ -73,18 +86,23 @@ _HOMES = {
 
 __all__ = [
     "Batch",
+    "BatchFacts",
     "BundleError",
     "CheckFailed",
     "CodeFile",
     "CodeRows",
     "Codes",
+    "Compaction",
+    "DecisionStatistics",
     "Decoder",
     "Device",
     "DeviceError",
     "EncodeOptions",
+    "EncodedBatch",
     "Encoder",
     "ExportError",
     "Fit",
+    "GraphOutputs",
     "GraphSignature",
     "Ids",
     "InputError",

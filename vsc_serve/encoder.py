@@ -20,7 +20,7 @@ from vsc_serve.codes import (
     stack_rows,
     threshold_logit,
 )
-from vsc_serve.compaction import DENSE, Batch, Compaction, EncodedBatch, NotFinite
+from vsc_serve.compaction import DENSE, BatchFacts, Compaction, EncodedBatch, NotFinite
 from vsc_serve.errors import BundleError, InputError
 from vsc_serve.images import PixelSpec, decode_pixels, read_pixels
 from vsc_serve.options import PLAIN, EncodeOptions
@@ -159,7 +159,7 @@ class Encoder:
         feeds = {self.manifest.modality: rows, "tau_logit": np.array(limit)}
         outputs = self._compaction.outputs(options)
         found = dict(zip(outputs, self._session.run(outputs, feeds), strict=True))
-        batch = Batch(len(rows), self.manifest.latent_dim, limit)
+        batch = BatchFacts(len(rows), self.manifest.latent_dim, limit)
         try:
             return self._compaction.compact(found, batch, options)
         except NotFinite as error:
