@@ -46,7 +46,9 @@ _MAX_INPUT: Final = 2**24
 """Values of one image or vector."""
 
 _DIGEST: Final = re.compile(r"[0-9a-f]{64}")
-_PORT: Final = re.compile(r"[a-z]+[0-9]* \([a-z0-9, ]{0,200}\)")
+_PORT: Final = re.compile(r"[a-z]+[0-9]* \(.{0,200}\)")
+_ROWS: Final = re.compile(r"\w{1,99} (float32|int32) \(\w+(, [0-9]{1,9})*\)")
+"""Name, type and shape of an output whose shape another program must know."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -204,6 +206,10 @@ def _wrong_files(manifest: Manifest) -> Iterator[str]:
         for ports in signature.values():
             if any(not _PORT.fullmatch(port) for port in ports.values()):
                 yield "the inputs and outputs of a graph are none"
+    if ENCODER_TOPK in manifest.files:
+        outputs = manifest.graphs.get(ENCODER_TOPK, {}).get("outputs", {})
+        if not outputs or not all(map(_ROWS.fullmatch, map(" ".join, outputs.items()))):
+            yield f"the outputs of {ENCODER_TOPK} are none"
 
 
 def _refuse_other_rule(spec: Any) -> None:

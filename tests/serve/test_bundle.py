@@ -3,6 +3,7 @@
 import dataclasses
 import json
 import os
+import shutil
 from pathlib import Path
 
 import numpy as np
@@ -12,6 +13,7 @@ from vsc_serve.bundle import (
     DECODER,
     ENCODER,
     ENCODER_CSR,
+    ENCODER_TOPK,
     FORMAT,
     MANIFEST,
     Manifest,
@@ -220,6 +222,10 @@ SPEC = {"height": 4, "width": 4, "channels": 1, "fit": "crop"}
         ({"files": {ENCODER: "A" * 64, "probe.png": "0" * 64}}, "the digest of 'encoder.onnx'"),
         ({"versions": {"numpy": 2}}, "versions['numpy'] must be text"),
         ({"graphs": {ENCODER: {"inputs": {"image": "x"}}}}, "inputs and outputs of a graph"),
+        (
+            {"graphs": {ENCODER: {"outputs": {"code": "float32 " + "(" * 300}}}},
+            "of a graph are none",
+        ),
         ({"backbone": {"dim": "9"}}, "backbone.dim must be an integer"),
     ],
 )
@@ -248,6 +254,24 @@ def test_a_graph_of_another_shape_than_the_manifest_says_is_refused(tiny_bundle)
         edit_manifest(tiny_bundle, **{"latent_dim": 6, "pixel_spec": SPEC} | changes)
         with pytest.raises(BundleError, match=r"has shape .* but the manifest says"):
             open_graph(open_bundle(tiny_bundle), ENCODER, device="cpu")
+
+
+@pytest.mark.parametrize(
+    "outputs",
+    [None, {}, {"values": "float32 (batch, k)"}, {'a"b': "int32 (batch, 1)"}, {"a": "bool (n)"}],
+)
+def test_the_outputs_that_a_server_is_told_must_be_plain(tiny_bundle, outputs):
+    stored = json.loads((tiny_bundle / MANIFEST).read_text(encoding="utf-8"))
+    files = stored["files"] | {ENCODER_TOPK: stored["files"][ENCODER]}
+    shutil.copy(tiny_bundle / ENCODER, tiny_bundle / ENCODER_TOPK)
+    plain = {"indices": "int32 (batch, 4)", "count": "int32 (batch, 1)"}
+    edit_manifest(tiny_bundle, files=files, graphs={ENCODER_TOPK: {"outputs": plain}})
+    open_bundle(tiny_bundle)
+    edit_manifest(
+        tiny_bundle, graphs={} if outputs is None else {ENCODER_TOPK: {"outputs": outputs}}
+    )
+    with pytest.raises(BundleError, match=r"the outputs of encoder_topk.onnx are none"):
+        open_bundle(tiny_bundle)
 
 
 def test_a_graph_without_a_digest_is_not_opened(tiny_bundle):
