@@ -40,6 +40,11 @@ MESSAGES: Final[dict[str, dict[int, str]]] = {
 _MAX_FIELDS: Final = 4_000_000
 """Fields that are looked at: some seconds. Graphs of large models have a hundred thousand."""
 
+_MAX_DEPTH: Final = 100
+"""Messages inside one another; protobuf's own readers stop there too."""
+
+_KEY: Final = b"location"
+
 _VARINT, _EIGHT_BYTES, _BYTES, _FOUR_BYTES = 0, 1, 2, 5
 """Wire types. Groups (3, 4), which onnx never writes, are refused."""
 
@@ -81,19 +86,20 @@ def external_files(path: Path) -> set[str]:
 def _locations(content: _Buffer) -> Iterator[str]:
     """Yield the locations of all tensors of a serialised model."""
     left = _MAX_FIELDS
-    open_messages = [("ModelProto", 0, len(content))]
+    open_messages = [("ModelProto", 0, len(content), 0)]
     while open_messages:
-        message, start, end = open_messages.pop()
+        message, start, end, depth = open_messages.pop()
         texts = []
         for field, first, last in _fields(content, start, end):
             left -= 1
-            if not left:
+            if not left or depth > _MAX_DEPTH:
                 raise ValueError("it has too many parts")
             if first >= 0 and field in MESSAGES[message]:
-                open_messages.append((MESSAGES[message][field], first, last))
+                if content.find(_KEY, first, last) >= 0:  # most nodes have none, and cost no more
+                    open_messages.append((MESSAGES[message][field], first, last, depth + 1))
             elif first >= 0 and message == "StringStringEntryProto":
                 texts.append((field, bytes(content[first:last])))
-        if (1, b"location") in texts:  # with a key that is there twice, readers take the last
+        if (1, _KEY) in texts:  # with a key that is there twice, readers take the last value
             yield from (text.decode("utf-8") for field, text in texts if field == 2)
 
 

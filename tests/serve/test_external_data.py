@@ -178,6 +178,25 @@ def test_a_graph_of_endless_parts_is_refused(
         external_files(tmp_path / "g.onnx")
 
 
+def test_a_graph_that_is_nested_without_end_is_refused(tmp_path: Path) -> None:
+    content = b"\x0a\x08location"  # the key of an entry
+    for depth in range(20_001):  # a graph in an attribute of a node of a graph
+        tag = (b"\x32", b"\x2a", b"\x0a")[depth % 3]
+        content = tag + varint(len(content)) + content
+    (tmp_path / "g.onnx").write_bytes(b"\x3a" + varint(len(content)) + content)
+    with pytest.raises(ValueError, match="too many parts"):
+        external_files(tmp_path / "g.onnx")
+
+
+def varint(number: int) -> bytes:
+    """Write a number as protobuf does."""
+    parts = []
+    while number > 0x7F:
+        parts.append(number & 0x7F | 0x80)
+        number >>= 7
+    return bytes([*parts, number])
+
+
 LOCATIONS = ["../secret.bin", "{folder}/secret.bin", "link.bin", "pipe.bin", "gone.bin", ""]
 LOCATIONS += ["*/_ORT_MEM_ADDR_/*", "a/../../secret.bin"]
 
