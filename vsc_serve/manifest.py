@@ -9,6 +9,7 @@ import math
 import re
 from collections.abc import Iterator
 from dataclasses import asdict, dataclass, field
+from itertools import chain, pairwise
 from pathlib import Path
 from typing import Any, Final, Literal, TypeAlias, get_args
 
@@ -103,7 +104,8 @@ class Manifest:
     """Version of this layout."""
 
     def __post_init__(self) -> None:
-        for problem in (*_wrong_values(self), *_wrong_input(self), *_wrong_files(self)):
+        problem = next(chain(_wrong_values(self), _wrong_input(self), _wrong_files(self)), None)
+        if problem is not None:
             raise ValueError(problem)
 
     @property
@@ -175,12 +177,10 @@ def _wrong_values(manifest: Manifest) -> Iterator[str]:
     if manifest.backbone is not None and type(manifest.backbone.get("dim")) is not int:
         yield "backbone.dim must be an integer"
     for probe in manifest.probes:
-        on = probe.indices
-        is_row = on == sorted(set(on)) and not (
-            on and not 0 <= on[0] <= on[-1] < manifest.latent_dim
-        )
-        if len(on) != len(probe.values) or not is_row:
-            yield f"the code of {probe.file!r} is none"
+        rising = [-1, *probe.indices, manifest.latent_dim]
+        is_row = all(first < second for first, second in pairwise(rising))
+        if len(probe.indices) != len(probe.values) or not is_row:
+            yield f"indices and values of the probe {probe.file!r} make no code"
 
 
 def _wrong_input(manifest: Manifest) -> Iterator[str]:
@@ -201,15 +201,15 @@ def _wrong_files(manifest: Manifest) -> Iterator[str]:
         yield f"{len(manifest.files)} files; a bundle has up to {_MAX_FILES}"
     for name, digest in manifest.files.items():
         if not _DIGEST.fullmatch(digest):
-            yield f"the digest of {name!r} is none"
+            yield f"the digest of {name!r} is no sha256"
     for signature in manifest.graphs.values():
         for ports in signature.values():
             if any(not _PORT.fullmatch(port) for port in ports.values()):
-                yield "the inputs and outputs of a graph are none"
+                yield "graphs must give a type and a shape for each name"
     if ENCODER_TOPK in manifest.files:
         outputs = manifest.graphs.get(ENCODER_TOPK, {}).get("outputs", {})
         if not outputs or not all(map(_ROWS.fullmatch, map(" ".join, outputs.items()))):
-            yield f"the outputs of {ENCODER_TOPK} are none"
+            yield f"graphs must give the shapes of the outputs of {ENCODER_TOPK}"
 
 
 def _refuse_other_rule(spec: Any) -> None:

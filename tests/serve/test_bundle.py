@@ -219,12 +219,15 @@ SPEC = {"height": 4, "width": 4, "channels": 1, "fit": "crop"}
         ({"name": None}, "name must be text"),
         ({"tau": True}, "tau must be a number"),
         ({"opset": "20"}, "opset must be an integer"),
-        ({"files": {ENCODER: "A" * 64, "probe.png": "0" * 64}}, "the digest of 'encoder.onnx'"),
+        (
+            {"files": {ENCODER: "A" * 64, "probe.png": "0" * 64}},
+            "the digest of 'encoder.onnx' is no sha256",
+        ),
         ({"versions": {"numpy": 2}}, "versions['numpy'] must be text"),
-        ({"graphs": {ENCODER: {"inputs": {"image": "x"}}}}, "inputs and outputs of a graph"),
+        ({"graphs": {ENCODER: {"inputs": {"image": "x"}}}}, "a type and a shape for each name"),
         (
             {"graphs": {ENCODER: {"outputs": {"code": "float32 " + "(" * 300}}}},
-            "of a graph are none",
+            "a type and a shape for each name",
         ),
         ({"backbone": {"dim": "9"}}, "backbone.dim must be an integer"),
     ],
@@ -244,7 +247,7 @@ def test_the_code_of_a_probe_is_a_row(tiny_bundle, changes):
     stored = json.loads((tiny_bundle / MANIFEST).read_text(encoding="utf-8"))
     probe = stored["probes"][0] | {"indices": [1, 2], "values": [1.0, 2.0]} | changes
     edit_manifest(tiny_bundle, probes=[probe])
-    with pytest.raises(BundleError, match=r"the code of 'probe.png' is none"):
+    with pytest.raises(BundleError, match=r"values of the probe 'probe.png' make no code"):
         open_bundle(tiny_bundle)
 
 
@@ -270,7 +273,7 @@ def test_the_outputs_that_a_server_is_told_must_be_plain(tiny_bundle, outputs):
     edit_manifest(
         tiny_bundle, graphs={} if outputs is None else {ENCODER_TOPK: {"outputs": outputs}}
     )
-    with pytest.raises(BundleError, match=r"the outputs of encoder_topk.onnx are none"):
+    with pytest.raises(BundleError, match=r"the shapes of the outputs of encoder_topk.onnx"):
         open_bundle(tiny_bundle)
 
 
