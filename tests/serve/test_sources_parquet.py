@@ -399,22 +399,28 @@ def test_the_tables_that_img2dataset_leaves_beside_its_archives_are_passed_over(
         find_sources([f"{tmp_path}/*.parquet"])
 
 
-def test_a_table_that_counts_other_rows_than_it_has_is_no_quiet_end(tmp_path, monkeypatch):
+@pytest.mark.parametrize("groups", [[5], [4, 3], [-1, 7]])
+def test_a_table_that_counts_other_rows_than_its_groups_is_refused(groups):
     from vsc_serve.sources import parquet
 
-    path = write(tmp_path / "a.parquet", {"image": PICTURES[:5]})
-    with monkeypatch.context() as patch:
-        patch.setattr(parquet, "_value_counts", lambda table, group: {7})
-        assert reason(path) == (
-            "broken table, the rest is lost: row group 0 counts 5 rows, and [7] values"
-        )
-
     class Metadata:
-        num_row_groups = 1
+        num_row_groups = len(groups)
         num_rows = 6
 
         def row_group(self, group: int) -> Any:
-            return type("Group", (), {"num_rows": 5})
+            return type("Group", (), {"num_rows": groups[group]})
 
-    with pytest.raises(InputError, match="it counts 6 rows, its row groups 5"):
+    with pytest.raises(InputError, match=f"it counts 6 rows, its row groups {sum(groups)}"):
         parquet._check_counts(Metadata())
+
+
+def test_more_ids_than_rows_are_no_quiet_end(tmp_path, monkeypatch):
+    from vsc_serve.sources import parquet
+
+    path = write(tmp_path / "a.parquet", {"id": list("abc"), "image": PICTURES[:3]})
+    real = parquet.read_ids
+    monkeypatch.setattr(parquet, "read_ids", lambda column: real(column)[:2])
+    *found, rest = find_sources([str(path)])
+    assert [source.id for source in found] == ["a", "b"]
+    with pytest.raises(InputError, match=r"broken table, the rest is lost: 2 ids for 3 rows"):
+        rest.read()

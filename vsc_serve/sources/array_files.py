@@ -76,13 +76,10 @@ def find_array_files(
         SourceUnavailable: An input cannot be reached.
     """
     for source in ArrayFinder(choice, ids, retry).search_all(inputs):
-        if not isinstance(source, FileSource | UrlSource):
-            raise InputError(f"{source.id}: {_why(source)}")
+        if isinstance(source, UnreadableSource):
+            raise InputError(f"{source.id}: {source.reason}", kind=source.kind)
+        assert isinstance(source, FileSource | UrlSource)
         yield source
-
-
-def _why(source: Source) -> str:
-    return source.reason if isinstance(source, UnreadableSource) else "no numpy file"
 
 
 class ArrayFinder(Finder):

@@ -24,6 +24,7 @@ from vsc_serve.sources.names import (
     IMAGE_SUFFIXES,
     Choice,
     Ids,
+    LateReport,
     Naming,
     is_container_name,
 )
@@ -132,10 +133,10 @@ class Finder:
     def _in_folder(self, tree: Tree, naming: Naming, start: str = "") -> Iterator[Source]:
         """Give the images below a folder; in one without any, those in archives and tables."""
         has_image = False
-        report = _LateReport(self._choice)
+        report = LateReport(self._choice)
         for source in FolderSearch(tree, naming, report, start=start):
-            has_image = has_image or not isinstance(source, UnreadableSource)
-            if has_image:
+            if not has_image and not isinstance(source, UnreadableSource):
+                has_image = True
                 report.release()
             yield source
         if not has_image:
@@ -229,36 +230,6 @@ class Finder:
 
     def _tree(self, place: str) -> Tree:
         return UrlTree(place, self._retry) if is_url(place) else LocalTree(place, self._retry)
-
-
-class _LateReport(Choice):
-    """Choice that keeps what it would say of archives until it is known that they are not read.
-
-    Args:
-        choice: The choice that is told.
-    """
-
-    def __init__(self, choice: Choice) -> None:
-        super().__init__()
-        self._choice = choice
-        self._late: list[tuple[str, str]] | None = []
-
-    def excludes(self, path: str) -> bool:
-        """Tell whether a pattern matches this path or its last part."""
-        return self._choice.excludes(path)
-
-    def skip(self, path: str, why: str) -> None:
-        """Report something that is passed over, or keep it for later."""
-        if self._late is not None and is_container_name(path) and why.startswith("with extension"):
-            self._late.append((path, why))
-        else:
-            self._choice.skip(path, why)
-
-    def release(self) -> None:
-        """Report what was kept, and keep nothing from now on."""
-        late, self._late = self._late or [], None
-        for path, why in late:
-            self._choice.skip(path, why)
 
 
 def _not_there(given: str) -> UsageError:

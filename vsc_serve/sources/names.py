@@ -164,6 +164,33 @@ class Choice:
             self._on_skip(path, why)
 
 
+class LateReport(Choice):
+    """Choice that keeps what it would say of archives until it is known that they are not read.
+
+    Args:
+        choice: The choice that is told.
+    """
+
+    def __init__(self, choice: Choice) -> None:
+        super().__init__()
+        self._paths, self._names = choice._paths, choice._names
+        self._choice = choice
+        self._late: list[tuple[str, str]] | None = []
+
+    def skip(self, path: str, why: str) -> None:
+        """Report something that is passed over, or keep it for later."""
+        if self._late is not None and is_container_name(path) and why.startswith("with extension"):
+            self._late.append((path, why))
+        else:
+            self._choice.skip(path, why)
+
+    def release(self) -> None:
+        """Report what was kept, and keep nothing from now on."""
+        late, self._late = self._late or [], None
+        for path, why in late:
+            self._choice.skip(path, why)
+
+
 def _compile(patterns: Sequence[str]) -> Callable[[str], re.Match[str] | None] | None:
     """Return one matcher for all the patterns, or None without any."""
     cleaned = [pattern.rstrip("/") for pattern in patterns if pattern.rstrip("/")]

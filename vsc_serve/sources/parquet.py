@@ -88,7 +88,7 @@ def _read_beside(table: str, path: str, retry: RetryPolicy) -> bytes:
 def _below_url(table: str, path: str) -> str:
     inside = posixpath.normpath(path)
     if is_url(path) or inside.startswith(("/", "..")):
-        raise InputError("does not lie below the folder of its table")
+        raise InputError("does not lie below the folder of its table", kind="unreadable")
     return f"{table.rpartition('/')[0]}/{inside}"
 
 
@@ -98,7 +98,7 @@ def _below_folder(table: str, path: str) -> str:
         place = realpath(join(folder, path))  # noqa: PTH118
         if place.startswith(f"{folder.rstrip('/')}/"):
             return place
-    raise InputError("does not lie below the folder of its table")
+    raise InputError("does not lie below the folder of its table", kind="unreadable")
 
 
 class _Reader:
@@ -154,13 +154,13 @@ def search_parquet(file: PlaceFile, naming: Naming, choice: Choice) -> Iterator[
     import_pyarrow(file.place)
     table = _open_table(file)
     column = _arrow(lambda: find_image_column(table.schema_arrow))
+    _check_counts(table.metadata)
     try:
         for source in _rows(file.place, table, column, naming):
             if choice.excludes_any(source.id):
                 choice.skip(source.id, "excluded")
             else:
                 yield source
-        _check_counts(table.metadata)
     except InputError as error:
         if error.kind == "unavailable":
             raise
@@ -193,49 +193,31 @@ def _names(
 ) -> Iterator[tuple[int, str]]:
     """Give the number and the name of each row of a group."""
     id_column = None if naming.ids == "absolute" else find_id_column(table.schema_arrow)
-    row_count = _count_rows(table, group)
+    row_count = int(_arrow(lambda: table.metadata.row_group(group).num_rows))
     if id_column is None:
         yield from ((number, naming.id_of(str(number))) for number in islice(numbers, row_count))
         return
     found = 0
     beside = naming.prefix.rstrip("/") or basename(place)  # noqa: PTH119
     for batch in _batches(table, group, id_column, _ID_BATCH):
-        found += batch.num_rows
         for name in _arrow(partial(read_ids, batch.column(id_column))):
             number = next(numbers)
+            found += 1
             yield number, name or f"{beside}/{number}"
     if found != row_count:
         raise InputError(f"{found} ids for {row_count} rows", kind="broken")
 
 
-def _count_rows(table: Any, group: int) -> int:
-    """Return the rows of a group. Raises InputError where its columns disagree about them."""
-    counts = _arrow(partial(_value_counts, table, group))
-    row_count = int(_arrow(lambda: table.metadata.row_group(group).num_rows))
-    if row_count < 0 or counts - {row_count}:
-        raise InputError(
-            f"row group {group} counts {row_count} rows, and {sorted(counts)} values", kind="broken"
-        )
-    return row_count
-
-
-def _value_counts(table: Any, group: int) -> set[int]:
-    """Return how many values the columns of a group have, apart from columns of lists."""
-    metadata = table.metadata.row_group(group)
-    single = [
-        place
-        for place in range(metadata.num_columns)
-        if table.schema.column(place).max_repetition_level == 0
-    ]
-    return {metadata.column(place).num_values for place in single}
-
-
 def _check_counts(metadata: Any) -> None:
+    """Raise InputError where a table and its row groups count different rows.
+
+    The columns of a group are not asked: Arrow ends the process where their part is damaged.
+    """
     groups = range(metadata.num_row_groups)
-    total = sum(_arrow(partial(metadata.row_group, group)).num_rows for group in groups)
-    if total != metadata.num_rows:
+    counts = [int(_arrow(partial(metadata.row_group, group)).num_rows) for group in groups]
+    if sum(counts) != metadata.num_rows or min(counts, default=0) < 0:
         raise InputError(
-            f"it counts {metadata.num_rows} rows, its row groups {total}", kind="broken"
+            f"it counts {metadata.num_rows} rows, its row groups {sum(counts)}", kind="broken"
         )
 
 

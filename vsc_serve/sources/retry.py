@@ -1,5 +1,6 @@
 """Read again what cannot be reached, for a while; then say so."""
 
+import logging
 import random
 import time
 from collections.abc import Callable
@@ -8,6 +9,8 @@ from typing import Final, TypeVar
 
 from vsc_serve.errors import InputError, SourceUnavailable, VscError
 from vsc_serve.sources.faults import Fault, fault_of_store
+
+logger = logging.getLogger(__name__)
 
 PATIENCE_S: Final = 60.0
 """Seconds for which one read is tried again. A worker may spend twice as long on one image."""
@@ -82,6 +85,7 @@ def reach(
                 raise InputError(fault.reason, kind=fault.kind) from error
             began = began or time.monotonic()
             tries += 1
+            logger.info("%s: %s, try %d", place, fault.reason, tries)
             spent = max(time.monotonic() - began, waited)
             pause = retry.pause_s(tries, fault)
             if spent + pause > retry.limit_s(fault):

@@ -1,7 +1,7 @@
 """Ask the file systems behind URLs that fsspec opens: object stores, web servers, memory."""
 
 import re
-from collections.abc import Callable
+from collections.abc import Awaitable, Callable
 from functools import partial
 from typing import Any, Final
 
@@ -99,6 +99,8 @@ def _reader(system: Any) -> Callable[[Any, str, int], bytes]:
 
     if not isinstance(system, AsyncFileSystem):
         return _read_file
+    if hasattr(system, "encode_url"):  # the web's, whose streams keep what they refuse open
+        return _read_answer
     is_streamed = type(system).open_async is not AsyncFileSystem.open_async
     return _read_stream if is_streamed else _read_range
 
@@ -118,33 +120,43 @@ def _read_range(system: Any, path: str, max_bytes: int) -> bytes:
 
 def _read_stream(system: Any, path: str, max_bytes: int) -> bytes:
     """Read a stream block by block, in the thread that belongs to the file system."""
-    import asyncio
-
     from fsspec.asyn import sync
 
     async def read() -> bytes:
-        # `size` spares the web's file system a request of its own.
-        file = await asyncio.wait_for(system.open_async(path, "rb", size=0), _CALL_S)
+        file = await system.open_async(path, "rb")
         try:
-            blocks, total = [], 0
-            while block := await asyncio.wait_for(file.read(_BLOCK), _CALL_S):
-                blocks.append(block)
-                total += len(block)
-                check_size(total, max_bytes)
-            return b"".join(blocks)
+            return await _collect_stream(file.read, max_bytes)
         finally:
-            await _close(file)
+            if (body := getattr(file, "r", None)) is not None:  # it may not be read to its end
+                body.close()
 
     content: bytes = sync(system.loop, read)
     return content
 
 
-async def _close(file: Any) -> None:
-    """Close a stream and the answer behind it, which may not have been read to its end."""
-    answer = getattr(file, "r", None)
-    if answer is not None:
-        answer.close()
-    await file.close()
+def _read_answer(system: Any, url: str, max_bytes: int) -> bytes:
+    """Read from a web server: with one request, and every answer closed."""
+    from fsspec.asyn import sync
+
+    async def read() -> bytes:
+        session = await system.set_session()
+        async with session.get(system.encode_url(url), **system.kwargs) as answer:
+            answer.raise_for_status()
+            return await _collect_stream(answer.content.read, max_bytes)
+
+    content: bytes = sync(system.loop, read)
+    return content
+
+
+async def _collect_stream(read: Callable[[int], Awaitable[bytes]], max_bytes: int) -> bytes:
+    import asyncio
+
+    blocks, total = [], 0
+    while block := await asyncio.wait_for(read(_BLOCK), _CALL_S):
+        blocks.append(block)
+        total += len(block)
+        check_size(total, max_bytes)
+    return b"".join(blocks)
 
 
 def _collect(read: Callable[[int], bytes], max_bytes: int) -> bytes:
