@@ -7,8 +7,8 @@ from typing import Any
 
 import pytest
 
-from vsc_serve.errors import InputError, UsageError
-from vsc_serve.sources import Source, find_sources
+from vsc_serve.errors import InputError, SourceUnavailable, UsageError
+from vsc_serve.sources import RetryPolicy, Source, find_sources
 
 pa = pytest.importorskip("pyarrow")
 pq = pytest.importorskip("pyarrow.parquet")
@@ -276,6 +276,17 @@ def test_a_path_to_no_file_is_a_reason(tmp_path):
     assert it.value.kind == "missing"
     with pytest.raises(InputError, match=r"folder\.jpg: not a regular file$"):
         folder.read()
+
+
+def test_a_path_beside_a_table_whose_folder_is_gone_cannot_be_reached(tmp_path):
+    (tmp_path / "set").mkdir()
+    for name in ("a.jpg", "b.jpg"):
+        (tmp_path / "set" / name).write_bytes(b"a")
+    first, second = paths_only(tmp_path / "set", "a.jpg", "b.jpg")
+    assert first.read() == b"a"
+    (tmp_path / "set").rename(tmp_path / "away")
+    with pytest.raises(SourceUnavailable, match="set, which was there when the run began, is gone"):
+        second.read(RetryPolicy(patience_s=0))
 
 
 def test_a_path_beside_a_table_behind_a_url_is_read_there_and_nowhere_else():

@@ -174,6 +174,17 @@ def test_an_empty_folder_in_the_place_of_an_input_is_an_unmounted_disk(tmp_path)
         found[0].read(ONCE)
 
 
+def test_an_input_that_is_empty_because_its_disk_is_gone_is_not_taken_for_empty(tmp_path):
+    """Between the look at the input and its listing, the disk is unmounted."""
+    tree = folder.LocalTree(str(fill(tmp_path / "mnt", "a.png")), ONCE)
+    (tmp_path / "mnt").rename(tmp_path / "elsewhere")
+    (tmp_path / "mnt").mkdir()
+    with pytest.raises(SourceUnavailable, match=r"is gone or was replaced \(unmounted\?\)"):
+        tree.entries("")
+    (tmp_path / "empty").mkdir()
+    assert folder.LocalTree(str(tmp_path / "empty"), ONCE).entries("") == []
+
+
 def test_a_missing_file_below_an_input_that_is_there_is_a_bad_row(tmp_path):
     found = list(find_sources([str(fill(tmp_path, "a.png", "in/b.png"))]))
     shutil.rmtree(tmp_path / "in")

@@ -13,7 +13,7 @@ from itertools import count, islice
 from os.path import basename, dirname, join, realpath
 from typing import Any, Final, TypeVar
 
-from vsc_serve.errors import InputError, UsageError, VscError
+from vsc_serve.errors import InputError, SourceUnavailable, UsageError, VscError
 from vsc_serve.sources.base import MAX_BYTES, Source, UnreadableSource, read_file
 from vsc_serve.sources.files import PlaceFile
 from vsc_serve.sources.names import Choice, Naming
@@ -27,6 +27,7 @@ from vsc_serve.sources.parquet_columns import (
 )
 from vsc_serve.sources.places import drop, keep_open
 from vsc_serve.sources.retry import RETRY, RetryPolicy
+from vsc_serve.sources.roots import Root, find_root
 from vsc_serve.sources.stores import fetch, is_url
 
 _BATCH: Final = 32
@@ -62,7 +63,8 @@ class ParquetSource:
     def read(self, retry: RetryPolicy = RETRY) -> bytes:
         """Return the image's bytes; see `Source.read`."""
         try:
-            cell = keep_open(self.path, _Reader, retry).read(self)
+            reader = keep_open(self.path, _Reader, retry)
+            cell = reader.read(self)
         except VscError:
             drop(self.path, _Reader)
             raise
@@ -70,18 +72,18 @@ class ParquetSource:
             return cell.content
         if cell.path is None:
             raise InputError("no image in this row (null)", kind="empty")
-        return _read_beside(self.path, cell.path, retry)
+        return _read_beside(self.path, cell.path, retry, reader.root)
 
 
-def _read_beside(table: str, path: str, retry: RetryPolicy) -> bytes:
+def _read_beside(table: str, path: str, retry: RetryPolicy, root: Root | None) -> bytes:
     """Read the file that a row names in place of bytes, if it lies below the table's folder."""
     try:
         if is_url(table):
             return fetch(_below_url(table, path), MAX_BYTES, retry)
-        return read_file(_below_folder(table, path), retry=retry)
+        return read_file(_below_folder(table, path), retry=retry, root=root)
+    except SourceUnavailable:
+        raise
     except InputError as error:
-        if error.kind == "unavailable":
-            raise
         raise InputError(f"no bytes in this row, and {path}: {error}", kind=error.kind) from error
 
 
@@ -105,6 +107,7 @@ class _Reader:
     """One open file, read forward in small batches; going back starts the row group again."""
 
     def __init__(self, place: str, retry: RetryPolicy) -> None:
+        self.root = None if is_url(place) else find_root(dirname(place) or ".")  # noqa: PTH120
         self._file = PlaceFile(place, retry, was_there=True)
         self._table = _open_table(self._file)
         self._at: tuple[int, str] | None = None
@@ -161,9 +164,9 @@ def search_parquet(file: PlaceFile, naming: Naming, choice: Choice) -> Iterator[
                 choice.skip(source.id, "excluded")
             else:
                 yield source
+    except SourceUnavailable:
+        raise
     except InputError as error:
-        if error.kind == "unavailable":
-            raise
         name = naming.id_of_archive(file.place)
         yield UnreadableSource(name, f"broken table, the rest is lost: {error}", error.kind)
 

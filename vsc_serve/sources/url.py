@@ -2,7 +2,7 @@
 
 from dataclasses import dataclass
 
-from vsc_serve.errors import InputError
+from vsc_serve.errors import InputError, SourceUnavailable
 from vsc_serve.sources.base import MAX_BYTES, check_size
 from vsc_serve.sources.folder import Entry
 from vsc_serve.sources.retry import RETRY, RetryPolicy
@@ -87,9 +87,9 @@ def is_folder_url(url: str, retry: RetryPolicy = RETRY) -> bool | None:
     """
     try:
         return bool(ask(url, retry, "info")["type"] == "directory")
+    except SourceUnavailable:
+        raise
     except InputError as error:
         if error.kind == "missing":
             return None
-        if error.kind == "unavailable":
-            raise
         raise InputError(f"{url}: {error}", kind=error.kind) from error
