@@ -83,7 +83,7 @@ def test_an_error_of_the_disk_the_mount_or_the_network_is_no_fault_of_the_image(
             read(path)
     assert str(caught.value) == (
         f"{path}: cannot be reached now: {os.strerror(number)}. Check the disk, the mount and the"
-        " network. Run the same command again to go on."
+        " network."
     )
     assert caught.value.kind == "unavailable"
     assert caught.value.exit_code == 3

@@ -10,7 +10,7 @@ from numpy.typing import NDArray
 
 from vsc_serve.errors import InputError, UsageError
 from vsc_serve.sources.array_files import find_array_files, holds_arrays
-from vsc_serve.sources.array_set import BLOCK, ArrayFile, ArraySet, RowSource, about
+from vsc_serve.sources.array_set import ArrayFile, ArraySet, RowSource, about
 from vsc_serve.sources.files import PlaceFile
 from vsc_serve.sources.inputs import Input, given_names
 from vsc_serve.sources.names import ARRAY_SUFFIXES, Choice, Ids
@@ -164,7 +164,7 @@ class ArrayRows(NamedTuple):
     """Rows of one numpy file, with what belongs to them."""
 
     rows: NDArray[Any]
-    """Pixels, uint8, (images, height, width, channels); or vectors, float32, (rows, dimensions)."""
+    """Pixels, uint8, (images, height, width, channels); or vectors, (rows, dimensions)."""
     ids: list[str]
     """One per row: the file's `ids`, else the numbers of the rows."""
     labels: NDArray[np.int64] | None
@@ -174,20 +174,17 @@ class ArrayRows(NamedTuple):
 def read_rows(path: Path) -> ArrayRows:
     """Read all rows of an `.npy` or `.npz` file, for work that needs them in any order.
 
-    Images and vectors of float32 in an `.npy` are mapped, so it may be larger than memory.
+    An `.npy` is mapped, so it may be larger than memory, unless its byte order is another.
 
     Raises:
         InputError: It is not readable, holds no rows, or other numbers of ids or labels.
         UsageError: There is no such file, or no row in it.
     """
     arrays = open_arrays(path)
-    dtype = arrays.dtype if arrays.is_images else np.dtype(np.float32)
-    if arrays.is_mappable and arrays.dtype == dtype:
+    if arrays.is_mappable:
         rows = np.load(path, mmap_mode="r", allow_pickle=False).reshape(-1, *arrays.row_shape)
     else:
-        rows = np.empty((arrays.row_count, *arrays.row_shape), dtype)
-        for start in range(0, len(rows), BLOCK):
-            rows[start : start + BLOCK] = arrays.read(start, BLOCK)
+        rows = arrays.read(0, arrays.row_count)
     found = ArrayRows(rows, [source.id for source in arrays.sources()], arrays.labels)
     arrays.close()
     return found

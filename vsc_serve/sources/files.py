@@ -191,8 +191,8 @@ class PlaceFile(io.RawIOBase):
             version = self._handle.version
             if self._version not in (None, version):
                 raise SourceUnavailable(
-                    f"{self.place}: was replaced while it was read."
-                    " Run the same command again to read it from the beginning."
+                    f"{self.place}: was replaced while it was read. Read it again from its beginning"
+                    " when nobody writes it."
                 )
             self._version = version
         return self._handle

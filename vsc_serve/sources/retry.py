@@ -97,7 +97,4 @@ def reach(
 def _gave_up(place: str, fault: Fault, tries: int, spent_s: float) -> str:
     often = f" ({tries} tries in {spent_s:.0f} s)" if tries > 1 else ""
     asked = f"; it asks to wait {fault.retry_after_s:,.0f} s" if fault.retry_after_s else ""
-    return (
-        f"{place}: cannot be reached now: {fault.reason}{asked}{often}."
-        f" {fault.advice} Run the same command again to go on."
-    )
+    return f"{place}: cannot be reached now: {fault.reason}{asked}{often}. {fault.advice}".rstrip()
