@@ -191,8 +191,7 @@ class PlaceFile(io.RawIOBase):
             version = self._handle.version
             if self._version not in (None, version):
                 raise SourceUnavailable(
-                    f"{self.place}: was replaced while it was read. Read it again from its beginning"
-                    " when nobody writes it."
+                    f"{self.place}: was replaced while it was read. Let nobody write it meanwhile."
                 )
             self._version = version
         return self._handle
