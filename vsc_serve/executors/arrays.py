@@ -17,6 +17,7 @@ from vsc_serve.executors.task import (
     encode_fresh,
 )
 from vsc_serve.options import EncodeOptions
+from vsc_serve.sources import RETRY, RetryPolicy
 
 
 class ArrayRow(NamedTuple):
@@ -25,7 +26,7 @@ class ArrayRow(NamedTuple):
     id: str
     number: int
 
-    def read(self) -> bytes:
+    def read(self, retry: RetryPolicy = RETRY) -> bytes:
         """Raise TypeError: a row is not an encoded image."""
         raise TypeError("a row of an array has no encoded image")
 

@@ -15,7 +15,7 @@ from vsc_serve.outputs import Kind, check_output
 from vsc_serve.pipeline.shards import SHARD_ROWS
 from vsc_serve.sources import FileSource, Ids, Source
 from vsc_serve.sources.arrays import SUFFIXES
-from vsc_serve.sources.places import is_url, local_path
+from vsc_serve.sources.stores import is_url, local_path
 
 FILE_SUFFIXES: Final = (".npz", ".parquet")
 """Extensions of outputs that are one file."""
