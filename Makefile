@@ -10,7 +10,7 @@
 PYTHON = python3
 VENV = .venv
 BIN = $(VENV)/bin
-EXTRAS = cpu,export,serve,fast
+EXTRAS = cpu,export,serve
 ARGS =
 PIP = $(BIN)/python -m pip install --quiet --disable-pip-version-check --constraint constraints.txt
 
