@@ -22,12 +22,13 @@ from vsc_serve.images.opening import describe_error, find_format, open_image
 from vsc_serve.images.orientation import find_orientation, read_orientation, turn_upright
 from vsc_serve.images.png import copy_pixels, paint_colour_key, read_plain_png, read_rotation
 from vsc_serve.images.preprocess import PixelSpec, fit_pixels, jpeg_scale, to_pixels
-from vsc_serve.images.tiff import load_tiff, tile_size
 from vsc_serve.sources import Source, read_file
 
 MAX_PIXELS: Final = 89_478_485
 """Largest image that is decoded, in pixels: 341 MiB where Pillow keeps it, four bytes each."""
 _PIXEL_BYTES: Final = 4
+_TILE_TAGS: Final = (322, 323)
+"""TIFF tags for the width and the height of a tile."""
 _JPEG_START: Final = b"\xff\xd8\xff"
 
 DECODE_ERRORS: Final = (
@@ -125,12 +126,19 @@ def _read_other(content: bytes, spec: PixelSpec, max_pixels: int) -> NDArray[np.
         _refuse_over(webp.canvas_size(content) or (0, 0), max_pixels, "")
     with open_image(content) as image:
         _refuse_over(image.size, max_pixels, "")
-        _refuse_over(tile_size(image), max_pixels, " in one tile")
+        _refuse_over(_tile_size(image), max_pixels, " in one tile")
         shown = _SHOW.get(image.format or "", _load)(image, content)
         turn = read_orientation(image)
     if image.format == "PNG":
         turn = find_orientation(*read_rotation(content))
     return fit_pixels(turn_upright(shown, turn), spec)
+
+
+def _tile_size(image: ImageFile) -> tuple[int, int]:
+    """Return width and height of the tiles of a TIFF, (1, 1) where it has none."""
+    tags = getattr(image, "tag_v2", {})
+    width, height = (tags.get(tag, 1) for tag in _TILE_TAGS)
+    return (width, height) if isinstance(width, int) and isinstance(height, int) else (1, 1)
 
 
 def _load(image: ImageFile, content: bytes) -> Image.Image:
@@ -154,6 +162,12 @@ def _load_webp(image: ImageFile, content: bytes) -> Image.Image:
     return loaded if box is None else whiten_outside(loaded, box)
 
 
+def _load_tiff(image: Any, content: bytes) -> Image.Image:
+    from vsc_serve.images.tiff import load_tiff  # slow to import, and rarely needed
+
+    return load_tiff(image)
+
+
 def _load_bitmap(image: ImageFile, content: bytes) -> Image.Image:
     return without_clear_alpha(_load(image, content))
 
@@ -162,7 +176,7 @@ _SHOW: Final[dict[str, Callable[[Any, bytes], Image.Image]]] = {
     "PNG": _load_png,
     "GIF": _load_gif,
     "WEBP": _load_webp,
-    "TIFF": lambda image, content: load_tiff(image),
+    "TIFF": _load_tiff,
     "BMP": _load_bitmap,
     "DIB": _load_bitmap,
     "TGA": _load_bitmap,

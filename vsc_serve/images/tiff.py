@@ -30,13 +30,6 @@ class UnlimitedTiff(TiffImageFile):
         super().load_prepare()
 
 
-def tile_size(image: Image.Image) -> tuple[int, int]:
-    """Return width and height of the tiles of a TIFF, (1, 1) where it has none."""
-    tags = getattr(image, "tag_v2", {})
-    width, height = tags.get(_TILE_WIDTH, 1), tags.get(_TILE_HEIGHT, 1)
-    return (width, height) if isinstance(width, int) and isinstance(height, int) else (1, 1)
-
-
 def load_tiff(image: TiffImageFile) -> Image.Image:
     """Decode an opened TIFF to what a viewer shows of it.
 
