@@ -37,6 +37,7 @@ class FakeOnnxruntime(SimpleNamespace):
 
     def InferenceSession(self, path, options, *, providers, enable_fallback):
         assert enable_fallback == 0
+        providers = [one if isinstance(one, str) else one[0] for one in providers]
         self.opened.append((providers, options.intra_op_num_threads))
         if self._on_cuda and CUDA_PROVIDER in providers:
             providers = self._on_cuda(providers)
@@ -58,7 +59,7 @@ def install(monkeypatch):
     def put(fake, *, has_driver=True):
         monkeypatch.setitem(sys.modules, "onnxruntime", fake)
         monkeypatch.setattr(session, "installed_flavours", lambda: {"onnxruntime-gpu": "9.9"})
-        driver = (lambda name: None) if has_driver else ctypes.CDLL
+        driver = (lambda name: SimpleNamespace()) if has_driver else ctypes.CDLL
         monkeypatch.setattr(ctypes, "CDLL", driver)
         return fake
 

@@ -157,7 +157,7 @@ def _decode_chunk(pictures: Sequence[tuple[str, bytes]], spec: PixelSpec, max_pi
         try:
             rows.append(read_pixels(picture, spec, max_pixels=max_pixels))
         except InputError as error:
-            errors.append(BadImage(name, str(error)))
+            errors.append(BadImage(name, str(error), error.kind))
         else:
             ids.append(name)
     return Batch(np.stack(rows) if rows else np.empty((0, *spec.shape), np.uint8), ids, errors)
@@ -176,7 +176,7 @@ def _parse_vectors(body: bytes, manifest: Manifest, max_rows: int) -> Batch:
         try:
             rows.append(_to_vector(values, dimensions))
         except InputError as error:
-            errors.append(BadImage(name, str(error)))
+            errors.append(BadImage(name, str(error), error.kind))
         else:
             ids.append(name)
     return Batch(np.stack(rows) if rows else np.empty((0, dimensions), np.float32), ids, errors)
