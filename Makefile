@@ -10,7 +10,7 @@
 PYTHON = python3
 VENV = .venv
 BIN = $(VENV)/bin
-EXTRAS = cpu,export,serve,fast
+EXTRAS = cpu,export,serve
 ARGS =
 PIP = $(BIN)/python -m pip install --quiet --disable-pip-version-check --constraint constraints.txt
 
@@ -34,6 +34,10 @@ types: $(VENV)/developed
 
 imports: $(VENV)/developed
 	PYTHONPATH=.:training:export $(BIN)/lint-imports
+
+# Everything that only a GPU can show, in under nine minutes; docs/gpu.md. On a CPU: ARGS=--dry
+gpu: $(VENV)/developed
+	$(BIN)/python -m benchmarks.gpu $(ARGS)
 
 wheel container photos: $(VENV)/developed
 	bash .ci/run $@
@@ -65,4 +69,4 @@ clean:
 	rm -rf $(VENV) vsc-demo dist build .pytest_cache .mypy_cache .ruff_cache .hypothesis .import_linter_cache
 	find vsc_serve training export tests benchmarks -type d -name __pycache__ -prune -exec rm -rf {} +
 
-.PHONY: help demo test lint types imports wheel container photos builtin install clean
+.PHONY: help demo test lint types imports gpu wheel container photos builtin install clean

@@ -48,7 +48,13 @@ def pixel_spec() -> PixelSpec:
 
 
 @pytest.fixture
-def fake_encoder(pixel_spec: PixelSpec) -> Encoder:
+def fake_session() -> FakeSession:
+    """What computes the codes of `fake_encoder`: 64 pixels or numbers in, 16 latents out."""
+    return FakeSession(64, 16)
+
+
+@pytest.fixture
+def fake_encoder(fake_session: FakeSession, pixel_spec: PixelSpec) -> Encoder:
     manifest = Manifest(
         name="fake",
         modality="image",
@@ -61,7 +67,16 @@ def fake_encoder(pixel_spec: PixelSpec) -> Encoder:
         probes=[],
         pixel_spec=pixel_spec,
     )
-    return Encoder(FakeSession(64, 16), manifest)
+    return Encoder(fake_session, manifest)
+
+
+def draw_pictures(folder: Path, names: Sequence[str], size: int) -> Path:
+    """Write grey pictures of noise, always the same ones, and return the folder."""
+    rng = np.random.default_rng(1)
+    for name in names:
+        (folder / name).parent.mkdir(parents=True, exist_ok=True)
+        Image.fromarray(rng.integers(0, 256, (size, size), np.uint8)).save(folder / name)
+    return folder
 
 
 @pytest.fixture
@@ -85,14 +100,14 @@ def vector_encoder() -> Encoder:
 @pytest.fixture
 def picture_folder(tmp_path: Path) -> Path:
     """Twelve grey 8x8 pictures: ten at the top, two in a folder with a non-ASCII name."""
-    folder = tmp_path / "pictures"
-    (folder / "größer").mkdir(parents=True)
-    rng = np.random.default_rng(1)
-    for number in range(12):
-        name = f"{number:02}.png" if number < 10 else f"größer/{number:02}.png"
-        pixels = rng.integers(0, 256, (8, 8), dtype=np.uint8)
-        Image.fromarray(pixels).save(folder / name)
-    return folder
+    names = [f"{number:02}.png" if number < 10 else f"größer/{number}.png" for number in range(12)]
+    return draw_pictures(tmp_path / "pictures", names, 8)
+
+
+@pytest.fixture
+def pictures(tmp_path: Path) -> Path:
+    """Forty grey 4x4 pictures, `00.png` to `39.png`."""
+    return draw_pictures(tmp_path / "pictures", [f"{number:02}.png" for number in range(40)], 4)
 
 
 @pytest.fixture(scope="session")

@@ -7,8 +7,10 @@ import sys
 from pathlib import Path
 
 import pytest
+from public_surface import Name, home, needed
 
 import vsc_serve
+from vsc_serve import errors
 
 HEAVY = ("numpy", "scipy", "PIL", "onnxruntime", "fastapi", "torch", "onnx")
 
@@ -47,6 +49,44 @@ def test_the_public_names_are_those_that_type_checkers_see():
     assert seen.keys() | {"__version__"} == set(vsc_serve.__all__)
     for name, module in seen.items():
         assert getattr(importlib.import_module(str(module)), name) is getattr(vsc_serve, name)
+
+
+def public(module: str) -> set[Name]:
+    """Where the public names of a module are defined."""
+    names = set(importlib.import_module(module).__all__) - {"__version__"}
+    found = {home("vsc_serve", module, name) for name in names}
+    assert None not in found
+    return {place for place in found if place is not None}
+
+
+@pytest.mark.parametrize(
+    "module", ["vsc_serve", "vsc_serve.codes", "vsc_serve.convert", "vsc_serve.service"]
+)
+def test_every_type_that_a_public_signature_needs_is_public(module):
+    offered = public("vsc_serve") | public(module)
+    missing = needed("vsc_serve", public(module)) - offered
+    assert not missing, f"{module}.__all__ lacks {sorted(missing)}"
+
+
+def test_every_error_is_public():
+    tree = ast.parse(Path(errors.__file__).read_text(encoding="utf-8"))
+    classes = {node.name for node in tree.body if isinstance(node, ast.ClassDef)}
+    assert classes <= set(vsc_serve.__all__)
+
+
+def test_the_comparison_of_signatures_sees_fields_methods_aliases_and_quoted_types():
+    found = {name for _, name in needed("vsc_serve", {Name("vsc_serve.encoder", "Encoder")})}
+    assert "Session" in found  # of __init__
+    assert "Manifest" in found  # of __init__ too
+    assert "Picture" in found  # an alias, in `encode`
+    assert "Device" in found  # behind a default
+    assert "CodeRows" in found  # returned
+    assert "Codes" in found  # a field of CodeRows
+    assert "Probe" in found  # inside list[...], in a field of Manifest
+    assert "GUARD_BAND" not in found
+    assert needed("vsc_serve", {Name("vsc_serve.decoder", "Decoder")}) > {
+        Name("vsc_serve.session", "Session")
+    }
 
 
 def test_a_name_that_does_not_exist_is_an_ordinary_attribute_error():

@@ -14,18 +14,70 @@ from typing import TYPE_CHECKING, Any
 __version__ = "0.1.0"
 
 if TYPE_CHECKING:
-    from vsc_serve.codes import CodeFile, read_codes, write_codes
+    from vsc_serve.codes import (
+        CodeFile,
+        CodeRows,
+        Codes,
+        DecisionStatistics,
+        read_codes,
+        write_codes,
+    )
+    from vsc_serve.compaction import BatchFacts, Compaction, EncodedBatch, GraphOutputs
     from vsc_serve.decoder import Decoder
-    from vsc_serve.encoder import Encoder
-    from vsc_serve.errors import VscError
-    from vsc_serve.images import PixelSpec
-    from vsc_serve.pipeline import stream
+    from vsc_serve.encoder import Encoder, Picture
+    from vsc_serve.errors import (
+        BundleError,
+        CheckFailed,
+        DeviceError,
+        ExportError,
+        InputError,
+        Interrupted,
+        Kind,
+        SourceUnavailable,
+        UsageError,
+        VscError,
+    )
+    from vsc_serve.images import Fit, PixelSpec
+    from vsc_serve.manifest import GraphSignature, Manifest, Modality, Precision, Probe
+    from vsc_serve.options import EncodeOptions, View
+    from vsc_serve.pipeline import Batch, stream
+    from vsc_serve.session import Device, Session
+    from vsc_serve.sources import Ids
 
 _HOMES = {
+    "Batch": "pipeline",
+    "BatchFacts": "compaction",
+    "BundleError": "errors",
+    "CheckFailed": "errors",
     "CodeFile": "codes",
+    "CodeRows": "codes",
+    "Codes": "codes",
+    "Compaction": "compaction",
+    "DecisionStatistics": "codes",
     "Decoder": "decoder",
+    "Device": "session",
+    "DeviceError": "errors",
+    "EncodeOptions": "options",
+    "EncodedBatch": "compaction",
     "Encoder": "encoder",
+    "ExportError": "errors",
+    "Fit": "images",
+    "GraphOutputs": "compaction",
+    "GraphSignature": "manifest",
+    "Ids": "sources",
+    "InputError": "errors",
+    "Interrupted": "errors",
+    "Kind": "errors",
+    "Manifest": "manifest",
+    "Modality": "manifest",
+    "Picture": "encoder",
     "PixelSpec": "images",
+    "Precision": "manifest",
+    "Probe": "manifest",
+    "Session": "session",
+    "SourceUnavailable": "errors",
+    "UsageError": "errors",
+    "View": "options",
     "VscError": "errors",
     "read_codes": "codes",
     "stream": "pipeline",
@@ -33,10 +85,39 @@ _HOMES = {
 }
 
 __all__ = [
+    "Batch",
+    "BatchFacts",
+    "BundleError",
+    "CheckFailed",
     "CodeFile",
+    "CodeRows",
+    "Codes",
+    "Compaction",
+    "DecisionStatistics",
     "Decoder",
+    "Device",
+    "DeviceError",
+    "EncodeOptions",
+    "EncodedBatch",
     "Encoder",
+    "ExportError",
+    "Fit",
+    "GraphOutputs",
+    "GraphSignature",
+    "Ids",
+    "InputError",
+    "Interrupted",
+    "Kind",
+    "Manifest",
+    "Modality",
+    "Picture",
     "PixelSpec",
+    "Precision",
+    "Probe",
+    "Session",
+    "SourceUnavailable",
+    "UsageError",
+    "View",
     "VscError",
     "__version__",
     "read_codes",

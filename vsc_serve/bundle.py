@@ -1,166 +1,60 @@
 """The model bundle: a folder with ONNX files, their manifest, and what proves that they are whole.
 
-`Manifest` is what `manifest.json` says. `open_bundle` reads it and checks the digest of every file,
-so that nothing later has to ask whether a file is the right one. docs/formats.md describes the
-format.
+`open_bundle` reads the manifest and checks the digest of every file, so that nothing later has to
+ask whether a file is the right one. A bundle may be a stranger's: only plain files inside its
+folder are opened.
 """
 
 import hashlib
-import json
-from collections.abc import Sequence
-from dataclasses import asdict, dataclass, field, fields
+import os
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass
+from io import BufferedReader
 from pathlib import Path
-from typing import Any, Final, Literal, TypeAlias, get_args
+from typing import Any, Final
 
-from vsc_serve.errors import BundleError, InputError
-from vsc_serve.images import PixelSpec
+from vsc_serve.errors import BundleError
+from vsc_serve.external_data import external_files
+from vsc_serve.manifest import (
+    DECODER,
+    ENCODER,
+    ENCODER_CSR,
+    ENCODER_TOPK,
+    FORMAT,
+    MANIFEST,
+    GraphSignature,
+    Manifest,
+    Modality,
+    Precision,
+    Probe,
+    image_spec,
+)
 from vsc_serve.outputs import FolderKind
+from vsc_serve.schema import shortened
+from vsc_serve.untrusted import inside, open_plain, read_plain
 
-FORMAT: Final = 1
-"""Newest bundle format this version reads and writes."""
+__all__ = [
+    "BUNDLE_FOLDER",
+    "DECODER",
+    "ENCODER",
+    "ENCODER_CSR",
+    "ENCODER_TOPK",
+    "FORMAT",
+    "MANIFEST",
+    "Bundle",
+    "GraphSignature",
+    "Manifest",
+    "Modality",
+    "Precision",
+    "Probe",
+    "image_spec",
+    "open_bundle",
+    "sha256",
+]
 
-MANIFEST: Final = "manifest.json"
-ENCODER: Final = "encoder.onnx"
-ENCODER_CSR: Final = "encoder_csr.onnx"
-ENCODER_TOPK: Final = "encoder_topk.onnx"
-DECODER: Final = "decoder.onnx"
-
-Modality = Literal["image", "vector"]
-Precision = Literal["float32", "fp16", "int8"]
-"""Type of the encoder's layers. The spike head and the threshold are float32 in all of them."""
-
-_VALUE_TOLERANCE: Final[dict[Precision, float]] = {"float32": 1e-4, "fp16": 1e-2, "int8": 5e-2}
-"""How far a value may lie from the one that was exported, on any engine.
-
-A processor that computes in fp16 rounds otherwise than one that emulates it, and a rounding error
-before a quantised layer can move an activation by one of its steps.
-"""
-
-GraphSignature: TypeAlias = dict[str, dict[str, str]]
-"""`inputs` and `outputs` of a graph: name to type and shape, `uint8 (batch, 28, 28, 1)`."""
-
-_ADDED: Final = frozenset({"precision", "graphs", "backbone"})
-"""Fields that bundles of this format written by older versions lack."""
-
-
-@dataclass(frozen=True, kw_only=True)
-class Probe:
-    """A small picture (or vector) in the bundle, and the code it must give."""
-
-    file: str
-    """Path inside the bundle."""
-    pixels_sha256: str
-    """Digest of its pixels after preprocessing; of its bytes for a vector."""
-    indices: list[int]
-    """Latents that are on."""
-    values: list[float]
-    """Their values, in the same order."""
-
-
-@dataclass(frozen=True, kw_only=True)
-class Manifest:
-    """What `manifest.json` says about a model."""
-
-    name: str
-    """Name of the model."""
-    modality: Modality
-    """`image` (uint8 pixels) or `vector` (float32)."""
-    latent_dim: int
-    """Latents J: columns of a code."""
-    tau: float
-    """Spike threshold in (0, 1) that the encoder applies unless told otherwise."""
-    alpha: float
-    """Share of active latents that was asked for in training."""
-    active: float
-    """Active latents per image that was measured when the bundle was written."""
-    opset: int
-    """ONNX operator set."""
-    files: dict[str, str]
-    """sha256 of every other file in the bundle, by its path inside it."""
-    probes: list[Probe]
-    """Inputs with known codes, checked when the bundle is opened."""
-    versions: dict[str, str] = field(default_factory=dict)
-    """Versions of the packages that wrote the bundle."""
-    pixel_spec: PixelSpec | None = None
-    """How a picture becomes pixels. None for vectors."""
-    input_dim: int | None = None
-    """Length of a vector. None for images."""
-    precision: Precision = "float32"
-    """Precision of the encoder's layers."""
-    graphs: dict[str, GraphSignature] = field(default_factory=dict)
-    """Inputs and outputs of each graph, by its file. Empty in bundles of older versions."""
-    backbone: dict[str, Any] | None = None
-    """What embeds pictures inside the encoder, and the digest of its file. None without one."""
-    format: int = FORMAT
-    """Version of this layout."""
-
-    def __post_init__(self) -> None:
-        if not 0.0 < self.tau < 1.0:
-            raise ValueError(f"tau must be above 0 and below 1, not {self.tau}")
-        if self.latent_dim < 1:
-            raise ValueError(f"latent_dim must be positive, not {self.latent_dim}")
-        if (self.modality == "image") != (self.pixel_spec is not None):
-            raise ValueError("an image model has a pixel_spec, a vector model has none")
-        if (self.modality == "vector") != (self.input_dim is not None):
-            raise ValueError("a vector model has an input_dim, an image model has none")
-        if self.precision not in get_args(Precision):
-            raise ValueError(
-                f"precision must be {', '.join(get_args(Precision))}, not {self.precision!r}"
-            )
-        unlisted = {ENCODER, *(probe.file for probe in self.probes)} - self.files.keys()
-        if unlisted:
-            raise ValueError(f"no digest for {', '.join(sorted(unlisted))}")
-
-    @property
-    def digest(self) -> str:
-        """Digest of graphs and weights: two bundles with the same one give the same codes."""
-        parts = [f"{name}:{self.files[name]}" for name in sorted(self.files) if _is_weight(name)]
-        return hashlib.sha256("\n".join(parts).encode()).hexdigest()[:16]
-
-    @property
-    def draws_pictures(self) -> bool:
-        """Whether the decoder draws pictures; behind a backbone it draws embeddings."""
-        return self.modality == "image" and self.backbone is None
-
-    @property
-    def value_tolerance(self) -> float:
-        """How far a probe's values may lie from those at export, on any engine."""
-        return _VALUE_TOLERANCE[self.precision]
-
-    @property
-    def has_csr(self) -> bool:
-        """Whether the bundle holds the graph that compacts codes itself, `encoder_csr.onnx`."""
-        return ENCODER_CSR in self.files
-
-    def to_json(self) -> str:
-        """Return the text of `manifest.json`."""
-        stored = asdict(self)
-        stored["pixel_spec"] = self.pixel_spec.to_json() if self.pixel_spec else None
-        return json.dumps(stored, indent=2, sort_keys=True) + "\n"
-
-    @classmethod
-    def from_json(cls, text: str, path: Path) -> "Manifest":
-        """Read the text of a manifest. `path` is named in errors. Raises BundleError."""
-        try:
-            stored: dict[str, Any] = json.loads(text)
-            found = stored["format"]
-        except (ValueError, KeyError, TypeError) as error:
-            raise BundleError(
-                f"{path}: not a bundle manifest ({error!r}). Export again."
-            ) from error
-        if found != FORMAT:
-            raise BundleError(
-                f"{path}: format {found}, but this vsc-serve reads format {FORMAT}."
-                " Upgrade vsc-serve, or export the model again."
-            )
-        try:
-            spec = stored["pixel_spec"]
-            stored["pixel_spec"] = PixelSpec.from_json(spec) if spec else None
-            stored["probes"] = [Probe(**probe) for probe in stored["probes"]]
-            names = {part.name for part in fields(cls)} - (_ADDED - stored.keys())
-            return cls(**{name: stored[name] for name in names})
-        except (ValueError, KeyError, TypeError, AttributeError) as error:
-            raise BundleError(f"{path}: damaged manifest ({error!r}). Export again.") from error
+# What no sensible bundle reaches; one that is larger asks for memory or time.
+_MAX_MANIFEST_BYTES: Final = 2**23
+_MAX_BUNDLE_BYTES: Final = 2**36
 
 
 def _bundle_files(stored: dict[str, Any]) -> Sequence[str] | None:
@@ -185,6 +79,8 @@ class Bundle:
 def open_bundle(path: Path) -> Bundle:
     """Open a bundle and check that every file is there and unchanged.
 
+    Only plain files inside the folder are opened, and graphs that take weights from no others.
+
     Args:
         path: Folder that `vsc export` wrote.
 
@@ -196,27 +92,18 @@ def open_bundle(path: Path) -> Bundle:
     """
     manifest_path = path / MANIFEST
     try:
-        text = manifest_path.read_text(encoding="utf-8")
+        text = read_plain(inside(path, MANIFEST), _MAX_MANIFEST_BYTES).decode("utf-8")
     except (FileNotFoundError, NotADirectoryError):
         raise BundleError(
             f"{path}: no model bundle there (no {MANIFEST})."
             f" Make one with `vsc export RUN --out {path}`."
         ) from None
-    except (OSError, UnicodeDecodeError) as error:
+    except (OSError, ValueError) as error:
         raise BundleError(f"{manifest_path}: unreadable ({error}). Export again.") from error
     manifest = Manifest.from_json(text, manifest_path)
-    for name, expected in manifest.files.items():
-        _check_file(path / name, expected)
+    _check_files(path, manifest.files)
+    _check_graphs(path, manifest.files.keys())
     return Bundle(path, manifest)
-
-
-def image_spec(manifest: Manifest) -> PixelSpec:
-    """Return how images become pixels. Raises InputError for a model of vectors."""
-    if manifest.pixel_spec is None:
-        raise InputError(
-            f"model {manifest.name} encodes vectors of length {manifest.input_dim}, not images"
-        )
-    return manifest.pixel_spec
 
 
 def sha256(path: Path) -> str:
@@ -225,19 +112,44 @@ def sha256(path: Path) -> str:
         return hashlib.file_digest(file, "sha256").hexdigest()
 
 
-def _check_file(path: Path, expected: str) -> None:
+def _check_files(folder: Path, digests: dict[str, str]) -> None:
+    """Check the files that a manifest lists; their sizes first, so that nothing runs for ever."""
+    size = 0
+    for name in digests:
+        with _open_listed(folder, name) as file:
+            size += os.fstat(file.fileno()).st_size
+    if size > _MAX_BUNDLE_BYTES:
+        raise BundleError(f"{folder}: {size:,} bytes, more than {_MAX_BUNDLE_BYTES:,}.")
+    for name, expected in digests.items():
+        with _open_listed(folder, name) as file:
+            found = hashlib.file_digest(file, "sha256").hexdigest()
+        if found != expected:
+            raise BundleError(
+                f"{folder / name}: changed since it was exported (sha256 {found[:12]}, expected"
+                f" {expected[:12]}). Copy the bundle again, or export again."
+            )
+
+
+def _open_listed(folder: Path, name: str) -> BufferedReader:
     try:
-        found = sha256(path)
-    except OSError as error:
+        return open_plain(inside(folder, name))
+    except (OSError, ValueError) as error:
+        reason = error.strerror if isinstance(error, OSError) else error
         raise BundleError(
-            f"{path}: listed in the manifest but unreadable ({error.strerror}). Export again."
+            f"{folder}/{name[:200]}: listed in the manifest but unreadable ({reason})."
+            " Export again."
         ) from error
-    if found != expected:
-        raise BundleError(
-            f"{path}: changed since it was exported (sha256 {found[:12]}, expected"
-            f" {expected[:12]}). Copy the bundle again, or export again."
-        )
 
 
-def _is_weight(name: str) -> bool:
-    return name.endswith((".onnx", ".bin"))
+def _check_graphs(folder: Path, names: Iterable[str]) -> None:
+    """Raise BundleError for a graph that takes weights from a file without a digest."""
+    for graph in (name for name in names if name.endswith(".onnx")):
+        try:
+            unlisted = external_files(folder / graph).difference(names)
+        except (OSError, ValueError) as error:
+            raise BundleError(f"{folder / graph}: unreadable ({error}). Export again.") from error
+        if unlisted:
+            raise BundleError(
+                f"{folder / graph}: takes weights from {shortened(min(unlisted))}, which is not"
+                " listed in the manifest. Export again."
+            )

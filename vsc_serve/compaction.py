@@ -27,7 +27,7 @@ _SMALLEST: Final = np.finfo(np.float32).tiny
 _LARGEST_LOGVAR: Final = 170.0
 """Beyond it sigma is no finite float32."""
 
-Outputs = Mapping[str, NDArray[Any]]
+GraphOutputs = Mapping[str, NDArray[Any]]
 """What a graph gives, by name."""
 
 
@@ -39,7 +39,7 @@ class EncodedBatch(NamedTuple):
 
 
 @dataclass(frozen=True)
-class Batch:
+class BatchFacts:
     """Facts about a batch that its outputs do not tell."""
 
     count: int
@@ -70,7 +70,9 @@ class Compaction(Protocol):
     def outputs(self, options: EncodeOptions) -> Sequence[str]:
         """Return the names of the outputs that are needed."""
 
-    def compact(self, found: Outputs, batch: Batch, options: EncodeOptions) -> EncodedBatch:
+    def compact(
+        self, found: GraphOutputs, batch: BatchFacts, options: EncodeOptions
+    ) -> EncodedBatch:
         """Return the rows. Raises NotFinite."""
 
 
@@ -80,7 +82,9 @@ class _Dense:
     def outputs(self, options: EncodeOptions) -> Sequence[str]:
         return ["code", "spike_logit", *(["logvar"] if options.uncertainty else [])]
 
-    def compact(self, found: Outputs, batch: Batch, options: EncodeOptions) -> EncodedBatch:
+    def compact(
+        self, found: GraphOutputs, batch: BatchFacts, options: EncodeOptions
+    ) -> EncodedBatch:
         found = {name: output[: batch.count] for name, output in found.items()}
         bad = first_bad_row(found)
         if bad is not None:
@@ -95,7 +99,9 @@ class _Compact:
     def outputs(self, options: EncodeOptions) -> Sequence[str]:
         return ["values", "indices", "row_counts"]
 
-    def compact(self, found: Outputs, batch: Batch, options: EncodeOptions) -> EncodedBatch:
+    def compact(
+        self, found: GraphOutputs, batch: BatchFacts, options: EncodeOptions
+    ) -> EncodedBatch:
         bounds = np.zeros(batch.count + 1, np.int64)
         np.cumsum(found["row_counts"][: batch.count], out=bounds[1:])
         values = found["values"][: bounds[-1]].astype(np.float32)
@@ -120,7 +126,7 @@ def is_plain(options: EncodeOptions) -> bool:
     return options == EncodeOptions(tau=options.tau)
 
 
-def first_bad_row(found: Outputs) -> int | None:
+def first_bad_row(found: GraphOutputs) -> int | None:
     """Return the first row of which something is not finite, as NaN in a logit hides a latent."""
     is_bad = {"code": ~np.isfinite(found["code"]), "spike_logit": np.isnan(found["spike_logit"])}
     if "logvar" in found:
@@ -133,7 +139,9 @@ def _first_bad(values: NDArray[np.float32]) -> int:
     return int(np.flatnonzero(~np.isfinite(values))[0])
 
 
-def _rows_of_active(found: Outputs, options: EncodeOptions, near_threshold: int) -> EncodedBatch:
+def _rows_of_active(
+    found: GraphOutputs, options: EncodeOptions, near_threshold: int
+) -> EncodedBatch:
     """Keep of what the graph gives only what belongs to active latents."""
     dense = found["code"]
     active = active_positions(dense)

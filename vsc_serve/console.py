@@ -1,9 +1,11 @@
 """What a person sees: lines and progress on stderr. Results go to stdout, from `cli` alone."""
 
+import logging
 import signal
 import sys
 import threading
 import time
+import unicodedata
 from collections.abc import Iterator
 from contextlib import contextmanager
 from importlib.util import find_spec
@@ -17,9 +19,41 @@ _PLAIN_INTERVAL_S: Final = 10.0
 """Seconds between progress lines where stderr is not a terminal."""
 
 
+_ACTED_UPON: Final = ("Cc", "Cf", "Cs", "Zl", "Zp")
+"""Classes of characters that a terminal acts upon, or cannot show: controls, turns of direction,
+half characters, ends of lines."""
+
+_JOINERS: Final = "\u200c\u200d"
+"""Invisible, but a part of words and emoji."""
+
+
+def printable(text: str) -> str:
+    """Return text for a terminal: what it would act upon is written as an escape, as Python does.
+
+    Ids and names of files may hold anything: a line that is no line, or a sequence that colours,
+    deletes or answers. Whatever prints one to a person goes through here; JSON is exact.
+    """
+    return text if text.isprintable() else "".join(map(_shown, text))
+
+
+def _shown(letter: str) -> str:
+    if letter in _JOINERS or unicodedata.category(letter) not in _ACTED_UPON:
+        return letter
+    return letter.encode("unicode_escape").decode("ascii")
+
+
+class LineFormatter(logging.Formatter):
+    """A formatter of log messages, each of which is one line and printable."""
+
+    def formatMessage(self, record: logging.LogRecord) -> str:
+        """Return the line of a record; a traceback follows it as it is."""
+        record.message = printable(record.message)
+        return super().formatMessage(record)
+
+
 def say(label: str, text: str) -> None:
     """Print one line of talk to stderr: a label of fixed width, then the text."""
-    sys.stderr.write(f"{label:<{_LABEL_WIDTH}}{text}\n")
+    sys.stderr.write(f"{label:<{_LABEL_WIDTH}}{printable(text)}\n")
     sys.stderr.flush()
 
 
@@ -113,9 +147,9 @@ class _Bar:
             TextColumn(f"{label:<{_LABEL_WIDTH - 1}}"),
             BarColumn(),
             MofNCompleteColumn(),
-            TextColumn("{task.fields[rate]}"),
+            TextColumn("{task.fields[rate]}", markup=False),
             TimeRemainingColumn(),
-            TextColumn("{task.fields[note]}"),
+            TextColumn("{task.fields[note]}", markup=False),
             console=Console(stderr=True),
             transient=True,
         )
@@ -138,4 +172,6 @@ class _Bar:
 
     def update(self, done: int, note: str = "") -> None:
         rate = done / max(time.monotonic() - self._began, 1e-9)
-        self._bar.update(self._task, completed=done, rate=f"{rate:,.0f} {self._unit}/s", note=note)
+        self._bar.update(
+            self._task, completed=done, rate=f"{rate:,.0f} {self._unit}/s", note=printable(note)
+        )

@@ -9,7 +9,7 @@ from numpy.typing import NDArray
 from vsc_serve.bundle import DECODER, Manifest, open_bundle
 from vsc_serve.codes import Codes
 from vsc_serve.errors import InputError
-from vsc_serve.session import Device, Session, open_session
+from vsc_serve.session import Device, Session, open_graph
 
 BATCH_SIZE: Final = 256
 """Codes that the graph is given at a time."""
@@ -27,7 +27,7 @@ class Decoder:
     def open(cls, path: Path | str, *, device: Device = "auto", threads: int = 0) -> "Decoder":
         """Open the decoder of a bundle. Raises what `Encoder.open` raises."""
         bundle = open_bundle(Path(path))
-        session = open_session(bundle.path / DECODER, device=device, threads=threads)
+        session = open_graph(bundle, DECODER, device=device, threads=threads)
         return cls(session, bundle.manifest)
 
     def decode(self, codes: Codes) -> NDArray[np.float32]:

@@ -20,11 +20,11 @@ from vsc_serve.codes import (
     stack_rows,
     threshold_logit,
 )
-from vsc_serve.compaction import DENSE, Batch, Compaction, EncodedBatch, NotFinite
+from vsc_serve.compaction import DENSE, BatchFacts, Compaction, EncodedBatch, NotFinite
 from vsc_serve.errors import BundleError, InputError
 from vsc_serve.images import PixelSpec, decode_pixels, read_pixels
 from vsc_serve.options import PLAIN, EncodeOptions
-from vsc_serve.session import Device, Session, open_session
+from vsc_serve.session import Device, Session, open_graph
 
 logger = logging.getLogger(__name__)
 
@@ -71,11 +71,22 @@ class Encoder:
             DeviceError: The device or onnxruntime is not there.
         """
         bundle = open_bundle(Path(path))
-        session = open_session(bundle.path / ENCODER, device=device, threads=threads)
-        encoder = cls(session, bundle.manifest)
-        logger.info("%s: %s on %s", path, bundle.manifest.name, session.engine)
-        _check_probes(encoder, bundle)
+        encoder = cls._open_on(bundle, device, threads)
+        try:
+            check_probes(encoder, bundle)
+        except BundleError as error:
+            if device != "auto" or not encoder.engine.endswith("cuda"):
+                raise
+            logger.warning("using the CPU: %s", error)
+            encoder = cls._open_on(bundle, "cpu", threads)
+            check_probes(encoder, bundle)
         return encoder
+
+    @classmethod
+    def _open_on(cls, bundle: Bundle, device: Device, threads: int) -> "Encoder":
+        session = open_graph(bundle, ENCODER, device=device, threads=threads)
+        logger.info("%s: %s on %s", bundle.path, bundle.manifest.name, session.engine)
+        return cls(session, bundle.manifest)
 
     @property
     def engine(self) -> str:
@@ -159,7 +170,7 @@ class Encoder:
         feeds = {self.manifest.modality: rows, "tau_logit": np.array(limit)}
         outputs = self._compaction.outputs(options)
         found = dict(zip(outputs, self._session.run(outputs, feeds), strict=True))
-        batch = Batch(len(rows), self.manifest.latent_dim, limit)
+        batch = BatchFacts(len(rows), self.manifest.latent_dim, limit)
         try:
             return self._compaction.compact(found, batch, options)
         except NotFinite as error:
@@ -224,8 +235,12 @@ def _check_rows(rows: NDArray[Any], manifest: Manifest) -> None:
         )
 
 
-def _check_probes(encoder: Encoder, bundle: Bundle) -> None:
-    """Encode the bundle's probes and compare: preprocessing exactly, codes within the tolerance."""
+def check_probes(encoder: Encoder, bundle: Bundle) -> None:
+    """Encode the bundle's probes and compare: preprocessing exactly, codes within the tolerance.
+
+    Raises:
+        BundleError: The probes do not give the codes that they gave at export.
+    """
     for probe in bundle.manifest.probes:
         path = bundle.path / probe.file
         rows = _read_probe(path, bundle.manifest)

@@ -4,7 +4,6 @@ This is the one module that touches onnxruntime. Everything above it needs only 
 protocol, so tests can hand in a fake.
 """
 
-import ctypes
 import logging
 import os
 from collections.abc import Mapping, Sequence
@@ -12,10 +11,12 @@ from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Final, Literal, NamedTuple, Protocol
 
-import numpy as np
 from numpy.typing import NDArray
 
+from vsc_serve.bundle import Bundle
+from vsc_serve.cuda import PinnedArray, forbid_tf32, has_driver, provider_options
 from vsc_serve.errors import BundleError, DeviceError
+from vsc_serve.external_data import check_external_files
 
 if TYPE_CHECKING:
     import onnxruntime
@@ -83,9 +84,12 @@ class OnnxSession:
         self, outputs: Sequence[str], feeds: Mapping[str, NDArray[Any]]
     ) -> list[NDArray[Any]]:
         """Compute the named outputs through bindings, which spares copies on the way to a GPU."""
+        from onnxruntime import OrtValue
+
         binding = self._session.io_binding()
         for name, value in feeds.items():
-            binding.bind_cpu_input(name, value)
+            # Not `bind_cpu_input`, which does not know inputs that have a default, as tau has.
+            binding.bind_ortvalue_input(name, OrtValue.ortvalue_from_numpy(value))
         for name in outputs:
             binding.bind_output(name)
         self._session.run_with_iobinding(binding)
@@ -94,21 +98,21 @@ class OnnxSession:
 
 
 class BoundSession:
-    """A Session that computes batches of one size, from memory and into memory that is bound.
+    """A Session that computes batches of few sizes, from memory that stays where it is.
 
     The kernels a GPU uses depend on the shape. With one shape for all batches, the row of an image
-    is the same whatever is computed with it. What a batch lacks is filled up with zeros;
-    `compaction` drops what belongs to those rows.
+    is the same whatever is computed with it; with a few, no shape is new after the first rounds.
+    What a batch lacks is filled up with zeros; `compaction` drops what belongs to those rows.
 
     Args:
         session: What computes.
-        batch_size: Rows of every batch.
+        batch_sizes: Rows of a batch: the smallest that is large enough is taken.
     """
 
-    def __init__(self, session: OnnxSession, batch_size: int) -> None:
+    def __init__(self, session: OnnxSession, *batch_sizes: int) -> None:
         self._session = session
-        self._batch_size = batch_size
-        self._staging: dict[str, NDArray[Any]] = {}
+        self._batch_sizes = sorted(batch_sizes)
+        self._staging: dict[str, PinnedArray] = {}
 
     @property
     def engine(self) -> str:
@@ -116,7 +120,7 @@ class BoundSession:
         return self._session.engine
 
     def run(self, outputs: Sequence[str], feeds: Mapping[str, NDArray[Any]]) -> list[NDArray[Any]]:
-        """Compute the named outputs of at most `batch_size` rows. For one thread at a time.
+        """Compute the named outputs of at most the largest batch. For one thread at a time.
 
         The outputs are those of a whole batch: also of the rows that it was filled up with.
         """
@@ -129,43 +133,98 @@ class BoundSession:
         if not value.ndim:
             return value
         if name not in self._staging:
-            self._staging[name] = np.zeros((self._batch_size, *value.shape[1:]), value.dtype)
-            if self.engine.endswith("cuda"):
-                pin_memory(self._staging[name])
-        batch = self._staging[name]
+            shape = (self._batch_sizes[-1], *value.shape[1:])
+            is_pinned = self.engine.endswith("cuda")
+            self._staging[name] = PinnedArray(shape, value.dtype, is_pinned=is_pinned)
+        size = next(size for size in self._batch_sizes if size >= len(value))
+        batch = self._staging[name].array[:size]
         batch[: len(value)] = value
         batch[len(value) :] = 0
         return batch
 
 
 def open_session(
-    path: Path, *, device: Device = "auto", threads: int = 0, device_id: int = 0
+    path: Path,
+    *,
+    device: Device = "auto",
+    threads: int = 0,
+    device_id: int = 0,
+    allows_tf32: bool = False,
 ) -> OnnxSession:
     """Open an ONNX file.
 
     Args:
-        path: The `.onnx` file; its external data lies beside it.
+        path: The `.onnx` file; its external data lies in the same folder.
         device: `cuda` fails where CUDA cannot be used, `auto` falls back to the CPU.
         threads: Threads inside one operator; 0 lets onnxruntime choose.
         device_id: Which GPU, where there are several.
+        allows_tf32: Whether a GPU may round factors to TF32: faster, and other codes.
 
     Returns:
         The session.
 
     Raises:
         DeviceError: onnxruntime is not installed, or CUDA was asked for and does not load.
-        BundleError: The file is not a graph onnxruntime can load.
+        BundleError: The file is not a graph onnxruntime can load, or takes weights from elsewhere.
     """
     ort = _import_onnxruntime()
+    _check_files(path)
     if device == "cpu" or (device == "auto" and not cuda_is_there()):
         return _open_on_cpu(ort, path, threads)
     try:
-        return _open_on_cuda(ort, path, threads, device_id)
+        options = provider_options(device_id, allows_tf32=allows_tf32)
+        if not allows_tf32:
+            forbid_tf32()
+        return _open_on_cuda(ort, path, threads, options)
     except DeviceError as error:
         if device == "cuda":
             raise
         logger.warning("using the CPU: %s", error)
         return _open_on_cpu(ort, path, threads)
+
+
+def open_graph(
+    bundle: Bundle, name: str, *, device: Device = "auto", threads: int = 0, device_id: int = 0
+) -> OnnxSession:
+    """Open a graph of a bundle, whose digest is right and whose shapes are the manifest's.
+
+    Args:
+        bundle: The bundle.
+        name: The graph's file: `encoder.onnx`.
+        device: As in `open_session`, which also says what is raised.
+        threads: The same.
+        device_id: The same.
+    """
+    path, manifest = bundle.path / name, bundle.manifest
+    if name not in manifest.files:
+        raise BundleError(f"{path}: not a part of this bundle. Export again.")
+    session = open_session(path, device=device, threads=threads, device_id=device_id)
+    shapes = manifest.graph_shapes
+    for port in (*session.inputs, *session.outputs):
+        if port.name in shapes and not _fits(port.shape, shapes[port.name]):
+            raise BundleError(
+                f"{path}: {port.name} has shape {list(port.shape)}, but the manifest says"
+                f" {['batch', *shapes[port.name]]}. Export again."
+            )
+    return session
+
+
+def _fits(shape: Sequence[int | str | None], expected: Sequence[int]) -> bool:
+    """Compare the dimensions after the batch; a graph need not say them."""
+    if not shape:
+        return True
+    pairs = zip(shape[1:], expected, strict=False)
+    return len(shape) == len(expected) + 1 and all(
+        found == wanted for found, wanted in pairs if isinstance(found, int)
+    )
+
+
+def _check_files(path: Path) -> None:
+    """Refuse a graph that takes weights from outside its folder; the engine is asked afterwards."""
+    try:
+        check_external_files(path)
+    except (OSError, ValueError) as error:
+        raise BundleError(f"{path}: cannot be loaded ({error}). Export again.") from error
 
 
 def _open_on_cpu(ort: Any, path: Path, threads: int) -> OnnxSession:
@@ -178,7 +237,7 @@ def _open_on_cpu(ort: Any, path: Path, threads: int) -> OnnxSession:
     return OnnxSession(session, f"onnxruntime {ort.__version__} cpu")
 
 
-def _open_on_cuda(ort: Any, path: Path, threads: int, device_id: int) -> OnnxSession:
+def _open_on_cuda(ort: Any, path: Path, threads: int, options: dict[str, str]) -> OnnxSession:
     if CUDA_PROVIDER not in ort.get_available_providers():
         raise DeviceError(
             "--device cuda: the installed onnxruntime has no CUDA. Run: pip uninstall -y"
@@ -187,8 +246,7 @@ def _open_on_cuda(ort: Any, path: Path, threads: int, device_id: int) -> OnnxSes
     if hasattr(ort, "preload_dlls"):
         ort.preload_dlls()
     try:
-        chosen = (CUDA_PROVIDER, {"device_id": device_id})
-        session = _load(ort, path, [chosen if device_id else CUDA_PROVIDER, CPU_PROVIDER], threads)
+        session = _load(ort, path, [(CUDA_PROVIDER, options), CPU_PROVIDER], threads)
     except Exception as error:  # onnxruntime raises its own classes, and RuntimeError
         _open_on_cpu(ort, path, threads)  # raises where the file is at fault, and not the device
         raise DeviceError(_why_no_cuda(_first_line(error))) from error
@@ -198,7 +256,7 @@ def _open_on_cuda(ort: Any, path: Path, threads: int, device_id: int) -> OnnxSes
 
 
 def _load(
-    ort: Any, path: Path, providers: Sequence[str | tuple[str, dict[str, int]]], threads: int
+    ort: Any, path: Path, providers: Sequence[str | tuple[str, dict[str, str]]], threads: int
 ) -> "onnxruntime.InferenceSession":
     options = ort.SessionOptions()
     options.intra_op_num_threads = threads
@@ -210,47 +268,7 @@ def _load(
 
 def cuda_is_there() -> bool:
     """Tell whether the CUDA provider and an NVIDIA driver are both on this machine."""
-    ort = _import_onnxruntime()
-    if CUDA_PROVIDER not in ort.get_available_providers():
-        return False
-    try:
-        _load_driver()
-    except OSError:
-        return False
-    return True
-
-
-def cuda_count() -> int:
-    """Return how many GPUs the driver shows to this process; 0 without a driver."""
-    try:
-        driver = _load_driver()
-    except OSError:
-        return 0
-    count = ctypes.c_int(0)
-    if driver.cuInit(0) or driver.cuDeviceGetCount(ctypes.byref(count)):
-        return 0
-    return count.value
-
-
-def pin_memory(array: NDArray[Any]) -> bool:
-    """Keep an array from being paged out, so that a GPU fetches it itself, twice as fast.
-
-    It stays so until the process ends. Without the CUDA runtime nothing happens.
-
-    Returns:
-        Whether it is pinned.
-    """
-    try:
-        runtime = ctypes.CDLL("libcudart.so.13")
-    except OSError:
-        return False
-    address = ctypes.c_void_p(array.ctypes.data)
-    return bool(runtime.cudaHostRegister(address, ctypes.c_size_t(array.nbytes), 0) == 0)
-
-
-def _load_driver() -> Any:
-    """Return the NVIDIA driver's library. Raises OSError without one."""
-    return ctypes.CDLL("nvcuda.dll" if os.name == "nt" else "libcuda.so.1")
+    return CUDA_PROVIDER in _import_onnxruntime().get_available_providers() and has_driver()
 
 
 def installed_flavours() -> dict[str, str]:

@@ -2,8 +2,11 @@
 
 import io
 import os
+from concurrent.futures import ProcessPoolExecutor
 from dataclasses import dataclass
+from functools import partial
 from itertools import pairwise
+from multiprocessing import get_context
 from pathlib import Path
 
 import numpy as np
@@ -48,23 +51,23 @@ SETS = (
 
 def make_folder(folder: Path, pictures: PictureSet, count: int) -> None:
     """Fill a folder with pictures, a thousand to a sub-folder; most are hard links."""
-    rng = np.random.default_rng(0)
-    made: list[Path] = []
-    for number in range(count):
-        path = (
-            folder / f"{number // 1000:04}" / f"{number:07}.{'png' if pictures.is_png else 'jpg'}"
-        )
-        if number % 1000 == 0:
-            path.parent.mkdir(parents=True)
-        if number < pictures.distinct:
-            path.write_bytes(encode_picture(pictures, rng))
-            made.append(path)
-        else:
-            os.link(made[number % len(made)], path)
+    paths = [
+        folder / f"{number // 1000:04}" / f"{number:07}{pictures.ending}" for number in range(count)
+    ]
+    for parent in dict.fromkeys(path.parent for path in paths):
+        parent.mkdir(parents=True)
+    distinct = paths[: pictures.distinct]
+    with ProcessPoolExecutor(mp_context=get_context("forkserver")) as pool:
+        contents = pool.map(partial(encode_picture, pictures), range(len(distinct)), chunksize=16)
+        for path, content in zip(distinct, contents, strict=True):
+            path.write_bytes(content)
+    for number, path in enumerate(paths[len(distinct) :]):
+        os.link(distinct[number % len(distinct)], path)
 
 
-def encode_picture(pictures: PictureSet, rng: np.random.Generator) -> bytes:
+def encode_picture(pictures: PictureSet, seed: int) -> bytes:
     """Return the bytes of one generated file."""
+    rng = np.random.default_rng(seed)
     file = io.BytesIO()
     if pictures.is_png:
         Image.fromarray(draw_digit(pictures.width, rng)).save(file, "PNG")

@@ -1,5 +1,6 @@
 """`vsc export` and `vsc demo`; torch and onnx are imported inside, so that help stays fast."""
 
+import json
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
 
@@ -142,13 +143,13 @@ def verify(
     require_extra("export", "torch", "onnx", "onnxscript")
     sleep_when_idle()
     from vsc_export.verify import require_verified, verify_bundle
-    from vsc_serve.cli.options import check_device, print_text
+    from vsc_serve.cli.options import check_device, print_json
 
     parity = verify_bundle(
         model, run, data, row_count=rows, backbone=backbone, device=check_device(device)
     )
     if as_json:
-        print_text(parity.to_json().rstrip())
+        print_json(json.loads(parity.to_json()), indent=2)
     else:
         say("parity", _parity_line(parity))
         for comparison in parity.comparisons:

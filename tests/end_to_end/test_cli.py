@@ -328,7 +328,7 @@ def test_embeddings_go_the_same_way_as_pictures(tmp_path: Path) -> None:
     wrong = vsc("encode", "wide.npy", "--out", "x.npz", cwd=tmp_path)
     assert_fails(wrong, 3, r"takes float32 of shape \(rows, 12\)")
     both = vsc("encode", "wide.npy", "embeddings.npy", "--out", "x.npz", cwd=tmp_path)
-    assert_fails(both, 2, "by itself")
+    assert_fails(both, 3, "encode them one after the other")
     assert not (tmp_path / "x.npz").exists()
 
 
@@ -349,7 +349,7 @@ def test_doctor_says_what_is_installed() -> None:
     findings = {finding["name"]: finding for finding in json.loads(result.out)}
     assert findings["vsc-serve"]["mark"] == "ok"
     assert findings["engine"]["mark"] == "ok"
-    assert {"cuda", "train", "export", "serve", "fast", "urls"} <= set(findings)
+    assert {"cuda", "train", "export", "serve", "heif", "urls"} <= set(findings)
     assert findings["built-in model"]["text"] == "photos32, J=256"
 
 

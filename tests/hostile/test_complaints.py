@@ -71,7 +71,7 @@ def test_complaint_zero_images_give_an_empty_file_and_no_error(tiny_bundle, tmp_
     done = encode(tiny_bundle, folder, "--out", tmp_path / "codes.npz")
     assert done.returncode == 2
     assert f"{folder}: no image found. Looked for files ending in .apng" in done.stderr
-    assert "Passed over: 1 ending .txt" in done.stderr
+    assert "Passed over: 1 with extension .txt" in done.stderr
     assert [path.name for path in tmp_path.glob("codes*")] == []
 
 

@@ -4,7 +4,6 @@ import io
 import os
 import re
 import struct
-import warnings
 import zlib
 from collections.abc import Iterator
 from pathlib import Path
@@ -32,7 +31,7 @@ def saved(image: Image.Image, file_format: str, **options: Any) -> bytes:
     return buffer.getvalue()
 
 
-def picture(width: int = 40, height: int = 30) -> Image.Image:
+def noise(width: int = 40, height: int = 30) -> Image.Image:
     rng = np.random.default_rng(width + height)
     return Image.fromarray(rng.integers(0, 256, (height, width, 3), dtype=np.uint8))
 
@@ -57,13 +56,13 @@ def flipped(content: bytes, place: int) -> bytes:
 
 def make_corpus() -> dict[str, Hostile]:
     """Hostile files by name."""
-    jpeg, png = saved(picture(), "JPEG"), saved(picture(), "PNG")
+    jpeg, png = saved(noise(), "JPEG"), saved(noise(), "PNG")
     rows = b"".join(b"\0" + bytes(range(8)) for _ in range(8))
     data, end = chunk(b"IDAT", zlib.compress(rows)), chunk(b"IEND", b"")
     bomb = chunk(b"zTXt", b"Comment\0\0" + zlib.compress(bytes(100_000_000)))
-    animation = {"save_all": True, "append_images": [picture().rotate(180)]}
+    animation = {"save_all": True, "append_images": [noise().rotate(180)]}
     return {
-        # Not pictures
+        # Not images
         "empty.jpg": Hostile(b"", "empty file (0 bytes)"),
         "text.jpg": Hostile(b"I am a text\n", "not an image, or cut off: begins with b'I am a t'"),
         "page.png": Hostile(b"<!DOCTYPE html><p>404 Not Found", "not an image, or cut off"),
@@ -76,34 +75,39 @@ def make_corpus() -> dict[str, Hostile]:
         # The wrong ending
         "really_a_jpeg.png": Hostile(jpeg, None),
         "really_a_png.JPG": Hostile(png, None),
-        "really_a_gif.webp": Hostile(saved(picture(), "GIF"), None),
+        "really_a_gif.webp": Hostile(saved(noise(), "GIF"), None),
         # Cut off
         "half.jpg": Hostile(jpeg[: len(jpeg) // 2], "broken image: image file is truncated"),
         "half.png": Hostile(png[: len(png) // 2], "broken image: "),
-        "half.gif": Hostile(saved(picture(), "GIF")[:1_200], "broken image: image file is trunc"),
-        "half.bmp": Hostile(saved(picture(), "BMP")[:900], "broken image: image file is trunc"),
-        "half.webp": Hostile(saved(picture(), "WEBP")[:200], ""),
-        "half.tif": Hostile(saved(picture(), "TIFF")[:900], ""),
-        "half.jp2": Hostile(saved(picture(), "JPEG2000")[:900], "broken image: "),
-        "half.avif": Hostile(saved(picture(), "AVIF")[:300], ""),
-        "half.ppm": Hostile(saved(picture(), "PPM")[:900], "broken image: image file is trunc"),
-        "half.tga": Hostile(saved(picture(), "TGA")[:900], ""),
-        "without_its_last_byte.jpg": Hostile(jpeg[:-1], "broken image: image file is truncated"),
-        "header_only.png": Hostile(png[:33], "broken image: a PNG whose header"),
+        "half.gif": Hostile(saved(noise(), "GIF")[:1_200], "broken image: image file is trunc"),
+        "half.bmp": Hostile(saved(noise(), "BMP")[:900], "broken image: image file is trunc"),
+        "half.webp": Hostile(saved(noise(), "WEBP")[:200], ""),
+        "half.tif": Hostile(saved(noise(), "TIFF")[:900], ""),
+        "half.jp2": Hostile(saved(noise(), "JPEG2000")[:900], "broken image: "),
+        "half.avif": Hostile(saved(noise(), "AVIF")[:300], ""),
+        "half.ppm": Hostile(saved(noise(), "PPM")[:900], "broken image: image file is trunc"),
+        "half.tga": Hostile(saved(noise(), "TGA")[:900], ""),
+        "without_its_last_byte.jpg": Hostile(jpeg[:-1], None),  # of the end marker
+        "without_its_last_block.jpg": Hostile(jpeg[:-4], "broken image: image file is truncated"),
+        "half_grey.jpg": Hostile(
+            jpeg[: len(jpeg) // 2] + b"\xff\xd9", "broken image: image file is truncated"
+        ),
+        "zeroed_sector.jpg": Hostile(replaced(jpeg, 900, bytes(512)), "broken image: "),
+        "header_only.png": Hostile(png[:33], "broken image: the header of this PNG is damaged"),
         "header_only.jpg": Hostile(jpeg[:20], "broken image: "),
         # Sizes
         "wide_bomb.png": Hostile(png_of(100_000, 100_000, data, end), "too large: "),
         "just_over.png": Hostile(png_of(10_000, 9_000, data, end), "too large: "),
         "bomb.ppm": Hostile(b"P6 999999999 999999999 255\n", "too large: "),
         "bomb.bmp": Hostile(
-            replaced(saved(picture(), "BMP"), 18, struct.pack("<ii", 60_000, 60_000)),
+            replaced(saved(noise(), "BMP"), 18, struct.pack("<ii", 60_000, 60_000)),
             "too large: ",
         ),
-        "one.png": Hostile(saved(picture(1, 1), "PNG"), None),
-        "one.jpg": Hostile(saved(picture(1, 1), "JPEG"), None),
-        "thin.png": Hostile(saved(picture(1, 20_000), "PNG"), None),
-        "flat.png": Hostile(saved(picture(20_000, 1), "PNG"), None),
-        "thin.jpg": Hostile(saved(picture(1, 20_000), "JPEG"), None),
+        "one.png": Hostile(saved(noise(1, 1), "PNG"), None),
+        "one.jpg": Hostile(saved(noise(1, 1), "JPEG"), None),
+        "thin.png": Hostile(saved(noise(1, 20_000), "PNG"), None),
+        "flat.png": Hostile(saved(noise(20_000, 1), "PNG"), None),
+        "thin.jpg": Hostile(saved(noise(1, 20_000), "JPEG"), None),
         "no_width.png": Hostile(png_of(0, 8, data, end), "broken image: "),
         # PNG chunks
         "wrong_checksum.png": Hostile(flipped(png, 29), "broken image: "),
@@ -116,40 +120,41 @@ def make_corpus() -> dict[str, Hostile]:
         ),
         "data_twice.png": Hostile(png_of(8, 8, data, chunk(b"tIME", b""), data, end), None),
         "long_chunk.png": Hostile(png_of(8, 8)[:33] + b"\x7f\xff\xff\xffIDAT", "broken image: "),
-        "text_bomb.png": Hostile(png_of(8, 8, bomb, data, end), "broken image: Decompressed data"),
+        "text_bomb.png": Hostile(png_of(8, 8, bomb, data, end), None),
         "no_palette.png": Hostile(png_of(8, 8, data, end, colour=3), "broken image: its colours"),
         "interlaced.png": Hostile(interlaced(), None),
         # Metadata
-        "bad_exif.jpg": Hostile(saved(picture(), "JPEG", exif=b"Exif\0\0MM\0*\xff"), None),
+        "bad_exif.jpg": Hostile(saved(noise(), "JPEG", exif=b"Exif\0\0MM\0*\xff"), None),
         "bad_exif.png": Hostile(png_of(8, 8, chunk(b"eXIf", b"nonsense"), data, end), None),
         "endless_exif.jpg": Hostile(
             saved(
-                picture(), "JPEG", exif=b"Exif\0\0II*\0\x08\0\0\0\1\0\x69\x87\4\0\1\0\0\0\x08\0\0\0"
+                noise(), "JPEG", exif=b"Exif\0\0II*\0\x08\0\0\0\1\0\x69\x87\4\0\1\0\0\0\x08\0\0\0"
             ),
             None,
         ),
         "bad_profile.png": Hostile(
             png_of(8, 8, chunk(b"iCCP", b"x\0\0" + zlib.compress(b"no profile")), data, end), None
         ),
-        "bad_profile.jpg": Hostile(saved(picture(), "JPEG", icc_profile=b"no profile"), None),
-        "orientation_99.jpg": Hostile(saved(picture(), "JPEG", exif=exif_of(99)), None),
+        "bad_profile.jpg": Hostile(saved(noise(), "JPEG", icc_profile=b"no profile"), None),
+        "orientation_99.jpg": Hostile(saved(noise(), "JPEG", exif=exif_of(99)), None),
+        "claims_to_be_large.jpg": Hostile(claiming(jpeg, 60_000), "broken image: image file is tr"),
         "rubbish_after_the_end.jpg": Hostile(jpeg + b"rubbish" * 99, None),
-        # Several pictures, odd colours
-        "animated.gif": Hostile(saved(picture(), "GIF", **animation), None),
-        "animated.png": Hostile(saved(picture(), "PNG", **animation), None),
-        "animated.webp": Hostile(saved(picture(), "WEBP", **animation), None),
+        # Several images, odd colours
+        "animated.gif": Hostile(saved(noise(), "GIF", **animation), None),
+        "animated.png": Hostile(saved(noise(), "PNG", **animation), None),
+        "animated.webp": Hostile(saved(noise(), "WEBP", **animation), None),
         "no_frames.gif": Hostile(b"GIF89a\x08\0\x08\0\0\0\0;", ""),
-        "pages.tif": Hostile(saved(picture(), "TIFF", **animation), None),
+        "pages.tif": Hostile(saved(noise(), "TIFF", **animation), None),
         "endless_pages.tif": Hostile(endless_tiff(), ""),
-        "ink.jpg": Hostile(saved(picture().convert("CMYK"), "JPEG"), None),
-        "ink.tif": Hostile(saved(picture().convert("CMYK"), "TIFF"), None),
-        "bits.png": Hostile(saved(picture().convert("1"), "PNG"), None),
-        "bits.tif": Hostile(saved(picture().convert("1"), "TIFF", compression="group4"), None),
-        "grey_16.png": Hostile(saved(picture().convert("I;16"), "PNG"), None),
-        "palette.png": Hostile(saved(picture().convert("P"), "PNG"), None),
-        "grey_alpha.png": Hostile(saved(picture().convert("LA"), "PNG"), None),
-        "real_numbers.tif": Hostile(saved(picture().convert("F"), "TIFF"), "mode F (32 bits"),
-        "lab.tif": Hostile(saved(picture().convert("RGB").convert("LAB"), "TIFF"), "mode LAB"),
+        "ink.jpg": Hostile(saved(noise().convert("CMYK"), "JPEG"), None),
+        "ink.tif": Hostile(saved(noise().convert("CMYK"), "TIFF"), None),
+        "bits.png": Hostile(saved(noise().convert("1"), "PNG"), None),
+        "bits.tif": Hostile(saved(noise().convert("1"), "TIFF", compression="group4"), None),
+        "grey_16.png": Hostile(saved(noise().convert("I;16"), "PNG"), None),
+        "palette.png": Hostile(saved(noise().convert("P"), "PNG"), None),
+        "grey_alpha.png": Hostile(saved(noise().convert("LA"), "PNG"), None),
+        "real_numbers.tif": Hostile(saved(noise().convert("F"), "TIFF"), "mode F (32 bits"),
+        "lab.tif": Hostile(saved(noise().convert("RGB").convert("LAB"), "TIFF"), "mode LAB"),
         # Names
         "two\nlines.png": Hostile(png, None),
         "größe 漢字 🙂.png": Hostile(png, None),
@@ -158,6 +163,11 @@ def make_corpus() -> dict[str, Hostile]:
         "-rf.png": Hostile(png, None),
         "; rm -rf *.png": Hostile(png, None),
     }
+
+
+def claiming(jpeg: bytes, side: int) -> bytes:
+    """A JPEG whose frame claims another size."""
+    return replaced(jpeg, jpeg.index(b"\xff\xc0") + 5, struct.pack(">HH", side, side))
 
 
 def interlaced() -> bytes:
@@ -211,9 +221,7 @@ if os.geteuid() != 0:  # root reads everything
 
 @pytest.fixture(scope="module")
 def outcome(folder: Path) -> tuple[np.ndarray, list[str], list[BadImage]]:
-    with warnings.catch_warnings():
-        warnings.simplefilter("ignore", UserWarning)  # Pillow's, about metadata
-        return read_images(find_sources([str(folder)]), SPEC)
+    return read_images(find_sources([str(folder)]), SPEC)
 
 
 def test_every_file_of_the_corpus_has_a_row_or_a_reason_and_no_other_has(outcome):
@@ -236,7 +244,6 @@ def test_each_hostile_file_has_the_outcome_that_is_written_here(name, outcome):
         assert len(reasons[name]) < 300
 
 
-@pytest.mark.filterwarnings("ignore::UserWarning")
 def test_rows_belong_to_their_ids_with_hostile_files_around_them(folder, outcome):
     """Complaint: skipping files shifts rows against ids."""
     pixels, ids, _ = outcome
@@ -247,7 +254,7 @@ def test_rows_belong_to_their_ids_with_hostile_files_around_them(folder, outcome
 
 def test_complaint_one_truncated_image_costs_itself_and_nothing_else(tmp_path):
     for number in range(9):
-        picture(40, 30 + number).save(tmp_path / f"{number}.jpg")
+        noise(40, 30 + number).save(tmp_path / f"{number}.jpg")
     whole = (tmp_path / "4.jpg").read_bytes()
     (tmp_path / "4.jpg").write_bytes(whole[: len(whole) // 2])
     _, ids, bad = read_images(find_sources([str(tmp_path)]), SPEC)

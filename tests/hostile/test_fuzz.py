@@ -24,9 +24,12 @@ NUMBERS: Final = (0, 1, 0x7F, 0xFF, 0xFFFF, 0x7FFFFFFF, 0xFFFFFFFF)
 
 FORMATS: dict[str, dict[str, Any]] = {
     "JPEG": {},
+    "JPEG restarts": {"restart_marker_blocks": 3},
+    "JPEG CMYK": {},
     "JPEG progressive": {"progressive": True, "exif": b"Exif\0\0II*\0\x08\0\0\0\0\0\0\0\0\0"},
     "PNG": {},
     "PNG interlaced palette": {"optimize": True},
+    "PNG 16 bits, transparent": {},
     "PNG animated": {"save_all": True},
     "GIF": {"save_all": True},
     "BMP": {},
@@ -34,6 +37,7 @@ FORMATS: dict[str, dict[str, Any]] = {
     "TGA": {"compression": "tga_rle"},
     "TIFF": {},
     "TIFF deflated": {"compression": "tiff_adobe_deflate", "tiffinfo": {322: 16, 323: 16}},
+    "TIFF 16 bits": {},
     "TIFF lzw": {"compression": "tiff_lzw"},
     "WEBP": {},
     "WEBP animated": {"save_all": True, "lossless": True},
@@ -45,9 +49,9 @@ FORMATS: dict[str, dict[str, Any]] = {
 
 
 def valid_file(kind: str) -> bytes:
-    """A small intact picture."""
+    """A small intact image."""
     if kind == "HEIF":
-        pytest.importorskip("pillow_heif").register_heif_opener()
+        return heif_file()
     rng = np.random.default_rng(0)
     smooth = np.repeat(np.repeat(rng.integers(0, 256, (8, 8, 3), dtype=np.uint8), 4, 0), 5, 1)
     image = Image.fromarray(smooth)
@@ -56,8 +60,20 @@ def valid_file(kind: str) -> bytes:
         options["append_images"] = [image.rotate(180)]
     if "palette" in kind:
         image = image.convert("P")
+    elif "16 bits" in kind:
+        image = Image.fromarray(np.asarray(image.convert("L")).astype(np.uint16) * 257)
+        options |= {"transparency": 257} if "PNG" in kind else {}
+    elif "CMYK" in kind:
+        image = image.convert("CMYK")
     buffer = io.BytesIO()
     image.save(buffer, kind.split(maxsplit=1)[0], **options)
+    return buffer.getvalue()
+
+
+def heif_file() -> bytes:
+    heif = pytest.importorskip("pillow_heif")
+    buffer = io.BytesIO()
+    heif.from_pillow(Image.effect_noise((40, 32), 80).convert("RGB")).save(buffer)
     return buffer.getvalue()
 
 
@@ -90,7 +106,7 @@ def peak_mb() -> float:
 
 
 @pytest.mark.timeout(20 * ROUNDS + 60)
-@pytest.mark.filterwarnings("ignore::UserWarning")  # Pillow's, about metadata
+@pytest.mark.filterwarnings("ignore::UserWarning")  # Pillow's, about tags of TIFF
 @pytest.mark.parametrize("kind", FORMATS)
 def test_damaged_files_give_pixels_or_a_reason_and_nothing_else(kind):
     content = valid_file(kind)

@@ -223,7 +223,7 @@ def test_rows_and_ids_must_go_together(codes, code_path, tmp_path):
         write_codes(tmp_path / "never.npz", codes, ["a", "b"], META)
     assert not (tmp_path / "never.npz").exists()
     np.savez(tmp_path / "two.npz", **arrays_of(code_path) | {"ids": np.array(["a", "b"])})
-    with pytest.raises(InputError, match=r"two.npz: 2 ids for 3 rows\. Encode again"):
+    with pytest.raises(InputError, match=r"two.npz: damaged \(2 ids for 3 rows\)\. Encode again"):
         read_codes(tmp_path / "two.npz")
 
 

@@ -3,6 +3,7 @@
 import hashlib
 import io
 import json
+import os
 import zipfile
 import zlib
 from pathlib import Path
@@ -155,7 +156,7 @@ def test_members_that_do_not_go_with_the_codes_are_not_written(tmp_path):
     [
         ({"gamma": np.ones(2, np.float32)}, "damaged .gamma does not go with data"),
         ({"sigma": np.ones(4, np.float64)}, "damaged .sigma does not go with data"),
-        ({"digests": np.array(["a"])}, "1 digests for 2 rows"),
+        ({"digests": np.array(["a"])}, "damaged .1 digests for 2 rows"),
         ({"indices": np.array([3, 0, 1, 2])}, "damaged .gamma does not go with data"),
     ],
 )
@@ -261,6 +262,43 @@ def test_shards_that_changed_or_do_not_belong_together_are_refused(tmp_path):
         read_codes(folder)
 
 
+@pytest.mark.timeout(30)
+@pytest.mark.parametrize(
+    ("name", "reason"),
+    [
+        ("pipe.npz", "not a regular file"),
+        ("out.npz", "leads out of the folder"),
+        ("zero.npz", "leads out of the folder"),
+        ("a\0.npz", "not a relative name"),
+        ("in/part-00000.npz", "no name of a file in this folder"),
+        ("x" * 300, "File name too long"),
+    ],
+)
+def test_a_list_names_only_plain_files_in_its_folder(tmp_path, name, reason):
+    folder = tmp_path / "codes"
+    write_shards(folder, [3])
+    (folder / "part-0.npz").rename(tmp_path / "secret.npz")
+    os.mkfifo(folder / "pipe.npz")
+    (folder / "out.npz").symlink_to("../secret.npz")
+    (folder / "zero.npz").symlink_to("/dev/zero")
+    shards = {"format": 1, "shards": [{"file": name, "rows": 3}]}
+    (folder / "manifest.json").write_text(json.dumps(shards), encoding="utf-8")
+    with pytest.raises(InputError, match=reason):
+        read_codes(folder)
+
+
+def test_shards_of_a_hub_cache_are_read(tmp_path):
+    snapshot = tmp_path / "datasets--a--b" / "snapshots" / "rev"
+    blobs = tmp_path / "datasets--a--b" / "blobs"
+    blobs.mkdir(parents=True)
+    snapshot.parent.mkdir()
+    whole = write_shards(snapshot, [3, 2])
+    for path in list(snapshot.iterdir()):
+        path.rename(blobs / path.name)
+        path.symlink_to(f"../../blobs/{path.name}")
+    assert read_codes(snapshot).ids == whole.ids
+
+
 @pytest.mark.parametrize(
     ("text", "message"),
     [
@@ -269,7 +307,7 @@ def test_shards_that_changed_or_do_not_belong_together_are_refused(tmp_path):
         ('{"format": 1, "name": "model"}', r"lists no shards of codes .no 'shards'.\. Is it a mod"),
         ('{"format": 2, "shards": []}', "format 2, but this vsc-serve reads up to 1"),
         ('{"format": 1, "shards": []}', "lists no shard. Encode again"),
-        ('{"format": 1, "shards": [{"file": "a.npz"}]}', "damaged .KeyError..rows"),
+        ('{"format": 1, "shards": [{"file": "a.npz"}]}', "damaged .rows is missing"),
         ('{"format": 1, "shards": [{"file": "../a.npz", "rows": 1}]}', "no name of a file in this"),
         ('{"format": 1, "shards": [7]}', "damaged"),
     ],

@@ -43,7 +43,9 @@ class PixelSession:
         return [images.reshape(len(code), height, width, channels).clip(0, 1)]
 
 
-def open_decoder(height: int = 8, width: int = 8, channels: int = 1) -> Decoder:
+def open_decoder(
+    height: int = 8, width: int = 8, channels: int = 1, session: PixelSession | None = None
+) -> Decoder:
     manifest = Manifest(
         name="fake",
         modality="image",
@@ -56,7 +58,7 @@ def open_decoder(height: int = 8, width: int = 8, channels: int = 1) -> Decoder:
         probes=[],
         pixel_spec=PixelSpec(height=height, width=width, channels=channels),
     )
-    return Decoder(PixelSession((height, width, channels)), manifest)
+    return Decoder(session or PixelSession((height, width, channels)), manifest)
 
 
 def codes_of(*rows: dict[int, float]) -> Codes:
@@ -139,9 +141,8 @@ def test_a_change_far_below_a_grey_level_is_not_blown_up():
 
 
 def test_features_stand_in_the_order_of_what_they_change_not_of_their_value():
-    decoder = open_decoder()
-    session = decoder._session
-    assert isinstance(session, PixelSession)
+    session = PixelSession((8, 8, 1))
+    decoder = open_decoder(session=session)
     codes = codes_of({1: 1.0, 2: -3.0, 4: 2.0})
     sheet = draw_contact_sheet(None, codes, decoder, ids=["a.png"])
     changed = []
@@ -214,9 +215,8 @@ def test_any_shape_fits_into_a_tile(shape):
 
 
 def _blank_decoder(height: int, width: int, channels: int) -> Decoder:
-    decoder = open_decoder(height, width, channels)
-    decoder._session = _BlankSession(decoder._session.shape)  # type: ignore[attr-defined]
-    return decoder
+    session = _BlankSession((height, width, channels))
+    return open_decoder(height, width, channels, session)
 
 
 class _BlankSession(PixelSession):
@@ -258,11 +258,9 @@ def test_the_same_codes_give_the_same_bytes():
 
 
 def test_the_decoder_is_called_once_a_row():
-    decoder = open_decoder()
+    session = PixelSession((8, 8, 1))
     codes = codes_of({0: 1.0, 1: 1.0, 2: 1.0}, {}, {3: 1.0})
-    draw_contact_sheet(None, codes, decoder, ids=["a", "b", "c"])
-    session = decoder._session
-    assert isinstance(session, PixelSession)
+    draw_contact_sheet(None, codes, open_decoder(session=session), ids=["a", "b", "c"])
     assert session.row_counts == [4, 1, 2]
 
 

@@ -85,11 +85,11 @@ def same(found, expected) -> bool:
 
 
 @pytest.fixture
-def vector_encoder(fake_encoder):
+def vector_encoder(fake_encoder, fake_session):
     manifest = dataclasses.replace(
         fake_encoder.manifest, modality="vector", pixel_spec=None, input_dim=64
     )
-    return Encoder(fake_encoder._session, manifest)
+    return Encoder(fake_session, manifest)
 
 
 @given(
@@ -239,19 +239,24 @@ def archived_encoder():
 
 
 @pytest.fixture
-def full_encoder(fake_encoder):
-    return Encoder(WithLogvar(fake_encoder._session), fake_encoder.manifest)
+def full_session(fake_session):
+    return WithLogvar(fake_session)
 
 
-def graph_outputs(encoder, rows, *names):
+@pytest.fixture
+def full_encoder(fake_encoder, full_session):
+    return Encoder(full_session, fake_encoder.manifest)
+
+
+def graph_outputs(session, rows, *names):
     feeds = {"image": rows, "tau_logit": np.array(threshold_logit(0.5))}
-    return [found.astype(np.float64) for found in encoder._session.run(names, feeds)]
+    return [found.astype(np.float64) for found in session.run(names, feeds)]
 
 
 @pytest.mark.parametrize("count", [1, BATCH_SIZE + 3])
-def test_the_views_give_mu_gamma_or_one_for_the_same_latents(full_encoder, count):
+def test_the_views_give_mu_gamma_or_one_for_the_same_latents(full_encoder, full_session, count):
     rows = pixels(count)
-    code, spike_logit = graph_outputs(full_encoder, rows, "code", "spike_logit")
+    code, spike_logit = graph_outputs(full_session, rows, "code", "spike_logit")
     gamma = 1 / (1 + np.exp(-spike_logit))
     for view, values in (("mean", code), ("gamma", gamma), ("spike", np.ones_like(code))):
         found = full_encoder.encode_rows(rows, EncodeOptions(view=view))
@@ -263,10 +268,10 @@ def test_the_views_give_mu_gamma_or_one_for_the_same_latents(full_encoder, count
 
 
 @pytest.mark.parametrize("options", [{}, {"view": "spike"}, {"max_active": 2}, {"tau": 0.3}])
-def test_uncertainty_goes_with_the_entries(full_encoder, options):
+def test_uncertainty_goes_with_the_entries(full_encoder, full_session, options):
     rows = pixels(40)
     found = full_encoder.encode_rows(rows, EncodeOptions(uncertainty=True, **options))
-    spike_logit, logvar = graph_outputs(full_encoder, rows, "spike_logit", "logvar")
+    spike_logit, logvar = graph_outputs(full_session, rows, "spike_logit", "logvar")
     places = found.codes.nonzero()
     assert len(places[0]) == found.codes.nnz > 40
     np.testing.assert_allclose(found.gamma, 1 / (1 + np.exp(-spike_logit[places])), rtol=1e-6)
@@ -274,12 +279,12 @@ def test_uncertainty_goes_with_the_entries(full_encoder, options):
     assert found.gamma.dtype == found.sigma.dtype == np.float32
 
 
-def test_the_graph_computes_the_variance_only_when_it_is_asked_for(full_encoder):
+def test_the_graph_computes_the_variance_only_when_it_is_asked_for(full_encoder, full_session):
     full_encoder.encode(pixels(1))
     full_encoder.encode_rows(pixels(1), EncodeOptions(view="gamma", max_active=3))
     full_encoder.encode_rows(pixels(1), EncodeOptions(uncertainty=True))
     plain = ["code", "spike_logit"]
-    assert full_encoder._session.asked == [plain, plain, [*plain, "logvar"]]
+    assert full_session.asked == [plain, plain, [*plain, "logvar"]]
 
 
 @given(
@@ -435,10 +440,11 @@ def test_a_bundle_that_gives_other_codes_than_at_export_does_not_open(tiny_bundl
     probe = edit_probe(tiny_bundle)
     assert len(probe["values"]) >= 2
     other_values = [probe["values"][0] + 1.5e-4, *probe["values"][1:]]
+    is_off = min(set(range(6)) - set(probe["indices"]))
     for changes in (
         {"values": other_values},
         {"indices": probe["indices"][1:], "values": probe["values"][1:]},
-        {"indices": [*probe["indices"][:-1], probe["indices"][-1] + 1]},
+        {"indices": sorted([*probe["indices"][:-1], is_off])},
     ):
         edit_probe(tiny_bundle, **probe | changes)
         with pytest.raises(BundleError, match=r"probe.png: gives another code than at export"):
@@ -458,7 +464,7 @@ def test_a_damaged_bundle_does_not_open(tiny_bundle):
     stored = json.loads((tiny_bundle / MANIFEST).read_text(encoding="utf-8"))
     stored["files"][ENCODER] = sha256(tiny_bundle / ENCODER)
     (tiny_bundle / MANIFEST).write_text(json.dumps(stored), encoding="utf-8")
-    with pytest.raises(BundleError, match="onnxruntime cannot load it"):
+    with pytest.raises(BundleError, match=r"encoder.onnx: unreadable \(no ONNX graph"):
         Encoder.open(tiny_bundle, device="cpu")
 
 

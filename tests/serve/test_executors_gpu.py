@@ -1,5 +1,6 @@
 """Models that take pixels from reading processes, as they do on GPUs; here they run on the CPU."""
 
+import gc
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -11,29 +12,27 @@ from numpy.typing import NDArray
 from PIL import Image
 
 from vsc_export.compaction import csr_graph
+from vsc_serve import encoder as encoder_module
 from vsc_serve.bundle import ENCODER, ENCODER_CSR, Manifest, open_bundle
 from vsc_serve.compaction import COMPACT
+from vsc_serve.cuda import PinnedArray, cuda_count, provider_options
 from vsc_serve.encoder import Encoder
-from vsc_serve.errors import InputError
+from vsc_serve.errors import BundleError, InputError
 from vsc_serve.executors.gpu import GpuExecutor, encode_on, read_spec
 from vsc_serve.executors.processes import ProcessExecutor
 from vsc_serve.executors.task import Encode
+from vsc_serve.models import builtin_model
 from vsc_serve.options import PLAIN, EncodeOptions
 from vsc_serve.pipeline import batches, stream
-from vsc_serve.session import BoundSession, open_session, pin_memory
+from vsc_serve.session import BoundSession, open_session
 from vsc_serve.sources import Source, find_sources
 
 
 @pytest.fixture
-def pictures(tmp_path: Path) -> Path:
+def pictures(pictures: Path) -> Path:
     """Forty grey 4x4 pictures, one of them broken."""
-    folder = tmp_path / "pictures"
-    folder.mkdir()
-    rng = np.random.default_rng(1)
-    for number in range(40):
-        Image.fromarray(rng.integers(0, 256, (4, 4), np.uint8)).save(folder / f"{number:02}.png")
-    (folder / "17.png").write_bytes(b"no picture")
-    return folder
+    (pictures / "17.png").write_bytes(b"no picture")
+    return pictures
 
 
 def found(folder: Path, times: int = 1) -> list[Source]:
@@ -44,8 +43,8 @@ def bound(bundle: Path, name: str = ENCODER, batch_size: int = 256) -> BoundSess
     return BoundSession(open_session(bundle / name, device="cpu", threads=1), batch_size)
 
 
-def pool_of(bundle: Path, encoders: list[Encode], workers: int = 2) -> GpuExecutor:
-    spec = read_spec(open_bundle(bundle).manifest, len(encoders))
+def pool_of(bundle: Path, encoders: list[list[Encode]], workers: int = 2) -> GpuExecutor:
+    spec = read_spec(open_bundle(bundle).manifest, sum(map(len, encoders)))
     return GpuExecutor(spec, ProcessExecutor(spec, workers), encoders, {})
 
 
@@ -60,8 +59,11 @@ def test_the_rows_are_those_of_a_model_alone(
     tiny_bundle: Path, pictures: Path, size: int | None
 ) -> None:
     sources = found(pictures, 4)
-    with pool_of(tiny_bundle, [dense(tiny_bundle), dense(tiny_bundle)]) as pool:
+    with pool_of(
+        tiny_bundle, [[dense(tiny_bundle), dense(tiny_bundle)], [dense(tiny_bundle)]]
+    ) as pool:
         results = list(batches(pool, iter(sources), size))
+        assert all(busy > 0 for busy in pool.busy_s[: len(results)])
     ids = [name for batch in results for name in batch.ids]
     assert ids == [source.id for source in sources if source.id != "17.png"]
     assert [name for batch in results for name, _ in batch.rejected] == ["17.png"] * 4
@@ -80,7 +82,7 @@ def test_readers_wait_while_the_models_are_busy(tiny_bundle: Path, pictures: Pat
             taken += 1
             yield source
 
-    with pool_of(tiny_bundle, [dense(tiny_bundle)], workers=1) as pool:
+    with pool_of(tiny_bundle, [[dense(tiny_bundle)]], workers=1) as pool:
         results = batches(pool, endless(), 2)
         for _ in range(20):
             next(results)
@@ -97,7 +99,7 @@ def test_a_row_that_the_model_fails_on_is_left_out_alone(tiny_bundle: Path, pict
             raise InputError("row 0: gives values that are not finite", row=0)
         return inner(pixels)
 
-    with pool_of(tiny_bundle, [failing]) as pool:
+    with pool_of(tiny_bundle, [[failing]]) as pool:
         results = list(batches(pool, iter(found(pictures)), None))
     bad = [one for batch in results for one in batch.rejected]
     assert bad[0] == ("03.png", "gives values that are not finite")
@@ -145,11 +147,93 @@ def test_a_bound_session_gives_what_a_plain_one_gives(tiny_bundle: Path) -> None
             np.testing.assert_array_equal(left[:count], right)
 
 
-def test_pinning_memory_without_cuda_changes_nothing() -> None:
-    array = np.arange(10)
-    if pin_memory(array):
-        pytest.skip("this machine has the CUDA runtime")
-    np.testing.assert_array_equal(array, np.arange(10))
+def test_a_bound_session_takes_another_threshold_than_the_graphs_own() -> None:
+    bundle = open_bundle(builtin_model())
+    plain = open_session(bundle.path / ENCODER, device="cpu", threads=1)
+    images = np.random.default_rng(0).integers(0, 256, (5, 32, 32, 3), np.uint8)
+    for tau_logit in (-2.0, 0.0, 2.0):
+        feeds = {"image": images, "tau_logit": np.array(tau_logit, np.float32)}
+        (found,) = BoundSession(plain, 8).run(["code"], feeds)
+        np.testing.assert_array_equal(found[:5], plain.run(["code"], feeds)[0])
+
+
+def test_a_batch_takes_the_smallest_size_that_holds_it(tiny_bundle: Path) -> None:
+    plain = open_session(tiny_bundle / ENCODER, device="cpu", threads=1)
+    session = BoundSession(plain, 16, 4, 1)
+    rng = np.random.default_rng(0)
+    for count, size in ((1, 1), (2, 4), (4, 4), (5, 16), (16, 16), (3, 4)):
+        images = rng.integers(0, 256, (count, 4, 4, 1), np.uint8)
+        feeds = {"image": images, "tau_logit": np.array(0.1, np.float32)}
+        (found,) = session.run(["code"], feeds)
+        assert len(found) == size
+        np.testing.assert_array_equal(found[:count], plain.run(["code"], feeds)[0])
+
+
+def test_pinned_memory_without_cuda_is_ordinary_memory() -> None:
+    pinned = PinnedArray((3, 4), np.uint8)
+    assert pinned.array.shape == (3, 4)
+    assert not pinned.array.any()
+    if not cuda_count():
+        assert not pinned.is_pinned
+
+
+def test_pinned_memory_is_portable_and_is_unpinned_when_nobody_holds_it(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    calls: list[tuple[str, int]] = []
+
+    class Runtime:
+        def cudaHostRegister(self, address: Any, size: Any, flags: Any) -> int:
+            calls.append(("register", flags.value))
+            return 0
+
+        def cudaHostUnregister(self, address: Any) -> int:
+            calls.append(("unregister", 0))
+            return 0
+
+    monkeypatch.setattr("vsc_serve.cuda._runtime", Runtime)
+    pinned = PinnedArray((3,), np.uint8)
+    assert pinned.is_pinned
+    del pinned
+    gc.collect()
+    assert calls == [("register", 1), ("unregister", 0)]
+
+
+def test_kernels_are_not_chosen_by_timing_and_round_to_float32() -> None:
+    options = provider_options(1, allows_tf32=False)
+    assert (options["device_id"], options["use_tf32"]) == ("1", "0")
+    assert options["cudnn_conv_algo_search"] == "HEURISTIC"
+    assert provider_options(0, allows_tf32=True)["use_tf32"] == "1"
+
+
+def test_auto_falls_back_to_the_cpu_when_a_gpu_gives_other_codes(
+    tiny_bundle: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    real = encoder_module.open_graph
+
+    def open_graph(bundle: Any, name: str, *, device: str, **options: Any) -> Any:
+        session = real(bundle, name, device="cpu", **options)
+        return session if device == "cpu" else Rounded(session)
+
+    monkeypatch.setattr(encoder_module, "open_graph", open_graph)
+    encoder = Encoder.open(tiny_bundle, device="auto")
+    assert encoder.engine.endswith("cpu")
+    assert "using the CPU: " in caplog.text
+    assert "gives another code than at export" in caplog.text
+    with pytest.raises(BundleError, match="gives another code than at export"):
+        Encoder.open(tiny_bundle, device="cuda")
+
+
+class Rounded:
+    """A session that computes as TF32 does: off by more than the probes allow."""
+
+    engine = "onnxruntime 9.9 cuda"
+
+    def __init__(self, session: Any) -> None:
+        self._session = session
+
+    def run(self, outputs: Any, feeds: Any) -> Any:
+        return [value * np.float32(1.003) for value in self._session.run(outputs, feeds)]
 
 
 @pytest.mark.gpu

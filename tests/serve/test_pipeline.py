@@ -95,17 +95,6 @@ def hostile(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> ModuleType:
     return importlib.import_module(name)
 
 
-@pytest.fixture
-def pictures(tmp_path: Path) -> Path:
-    """Forty grey 4x4 pictures."""
-    folder = tmp_path / "pictures"
-    folder.mkdir()
-    rng = np.random.default_rng(1)
-    for number in range(40):
-        Image.fromarray(rng.integers(0, 256, (4, 4), np.uint8)).save(folder / f"{number:02}.png")
-    return folder
-
-
 def found(folder: Path) -> list[Source]:
     return list(find_sources([str(folder)]))
 

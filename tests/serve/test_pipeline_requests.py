@@ -13,12 +13,13 @@ from vsc_serve.codes import CodeFile, CodeRows, dense_to_csr, join_codes, read_c
 from vsc_serve.console import Progress
 from vsc_serve.encoder import Encoder
 from vsc_serve.errors import InputError, Interrupted, UsageError
-from vsc_serve.executors import ArrayExecutor, ArrayRow, ExecutorOptions
+from vsc_serve.executors import ArrayExecutor, ExecutorOptions
 from vsc_serve.executors.digests import DigestTable, save_digests
 from vsc_serve.options import PLAIN, EncodeOptions
 from vsc_serve.pipeline import Job, Outcome, batches, encode_to_file, plan
 from vsc_serve.pipeline.shards import ShardStore
 from vsc_serve.pipeline.update import PreviousCodes
+from vsc_serve.sources import open_arrays
 
 
 class Silence:
@@ -34,15 +35,10 @@ def show(unit: str) -> AbstractContextManager[Progress]:
 
 
 @pytest.fixture
-def pictures(tmp_path: Path) -> Path:
-    """Forty grey 4x4 pictures, the tenth of them broken."""
-    folder = tmp_path / "pictures"
-    folder.mkdir()
-    rng = np.random.default_rng(1)
-    for number in range(40):
-        Image.fromarray(rng.integers(0, 256, (4, 4), np.uint8)).save(folder / f"{number:02}.png")
-    (folder / "09.png").write_bytes(b"")
-    return folder
+def pictures(pictures: Path) -> Path:
+    """Forty grey 4x4 pictures, one of them broken."""
+    (pictures / "09.png").write_bytes(b"")
+    return pictures
 
 
 class Runs:
@@ -154,7 +150,7 @@ def test_shares_of_several_machines_joined_are_the_whole(run: Runs, tmp_path: Pa
     assert [len(read_codes(out).ids) for out in outs] == [12, 13, 14]
     join_codes(outs, tmp_path / "all.npz", read_codes(whole).meta)
     assert (tmp_path / "all.npz").read_bytes() == whole.read_bytes()
-    with pytest.raises(UsageError, match="--shard 1/99: 40 images leave nothing for this share"):
+    with pytest.raises(UsageError, match="--shard 1/99: 40 inputs leave nothing for this share"):
         run(tmp_path / "none.npz", share=(1, 99))
 
 
@@ -234,9 +230,10 @@ def test_a_vector_that_is_not_finite_costs_its_row_and_no_other(
 ) -> None:
     vectors = np.random.default_rng(0).normal(size=(50, 64)).astype(kind)
     vectors[[3, 20, 49], [0, 5, 63]] = [np.nan, np.inf, -np.inf]
-    rows = [ArrayRow(str(number), number) for number in range(50)]
-    with ArrayExecutor(vector_encoder, vectors, PLAIN) as executor:
-        found = list(batches(executor, iter(rows), 16))
+    np.save(tmp_path / "vectors.npy", vectors)
+    arrays = open_arrays([str(tmp_path / "vectors.npy")])
+    with ArrayExecutor(vector_encoder, arrays, PLAIN) as executor:
+        found = list(batches(executor, arrays.sources(), 16))
     rejected = [one for batch in found for one in batch.rejected]
     reason = "holds values that are not finite (NaN or infinity)"
     assert rejected == [(name, reason) for name in ("3", "20", "49")]
@@ -247,12 +244,30 @@ def test_a_vector_that_is_not_finite_costs_its_row_and_no_other(
     np.testing.assert_array_equal(codes, expected.toarray())
 
 
-def test_a_number_that_float32_cannot_hold_is_not_finite(vector_encoder: Encoder) -> None:
+def test_a_number_that_float32_cannot_hold_is_not_finite(
+    vector_encoder: Encoder, tmp_path: Path
+) -> None:
     vectors = np.zeros((2, 64))
     vectors[1, 7] = 1e200
-    rows = [ArrayRow("a", 0), ArrayRow("b", 1)]
-    (batch,) = batches(ArrayExecutor(vector_encoder, vectors, PLAIN), iter(rows), None)
+    np.savez(tmp_path / "vectors.npz", vectors=vectors, ids=["a", "b"])
+    arrays = open_arrays([str(tmp_path / "vectors.npz")])
+    (batch,) = batches(ArrayExecutor(vector_encoder, arrays, PLAIN), arrays.sources(), None)
     assert [name for name, _ in batch.rejected] == ["b"]
+
+
+def test_a_folder_of_arrays_is_encoded_as_one(run: Runs, images_npy: Path, tmp_path: Path) -> None:
+    pixels = np.load(images_npy)
+    folder = tmp_path / "arrays"
+    folder.mkdir()
+    for name, rows in (("a", pixels[:10]), ("b", pixels[10:])):
+        np.save(folder / f"{name}.npy", rows)
+    run(tmp_path / "whole.npz", inputs=[str(images_npy)])
+    run(tmp_path / "parts.npz", inputs=[str(folder)], shard_rows=7, batch_size=4)
+    whole, parts = (read_codes(tmp_path / f"{name}.npz") for name in ("whole", "parts"))
+    assert parts.codes.toarray().tobytes() == whole.codes.toarray().tobytes()
+    assert parts.ids == [f"a.npy/{row}" for row in range(10)] + [
+        f"b.npy/{row}" for row in range(27)
+    ]
 
 
 def test_another_run_that_finished_first_is_not_overwritten(

@@ -1,4 +1,4 @@
-"""Opened pictures to pixels: colour modes, EXIF rotation, scaled decoding, crop and resize."""
+"""Opened images to pixels: colour modes, EXIF rotation, scaled decoding, crop and resize."""
 
 import io
 from typing import Any
@@ -17,7 +17,7 @@ GREY = PixelSpec(height=4, width=4, channels=1)
 RGB = PixelSpec(height=4, width=4, channels=3)
 ORIENTATION = 0x0112
 
-# How a camera stores the upright picture for each EXIF orientation: the inverse of what the
+# How a camera stores the upright image for each EXIF orientation: the inverse of what the
 # standard tells a viewer to do (6 means: turn by 90 degrees clockwise).
 STORED_FOR = {
     1: lambda upright: upright,
@@ -31,7 +31,7 @@ STORED_FOR = {
 }
 
 
-def palette_picture(*, transparency: bytes | int | None = None) -> Image.Image:
+def palette_image(*, transparency: bytes | int | None = None) -> Image.Image:
     """All pixels have index 1, which is (0, 0, 255)."""
     image = Image.new("P", (4, 4), 1)
     image.putpalette([255, 0, 0, 0, 0, 255])
@@ -41,7 +41,7 @@ def palette_picture(*, transparency: bytes | int | None = None) -> Image.Image:
 
 
 def reopened(image: Image.Image, file_format: str, **options: Any) -> Image.Image:
-    """Write a picture and open it again, so that it is decoded as a file is."""
+    """Write an image and open it again, so that it is decoded as a file is."""
     buffer = io.BytesIO()
     image.save(buffer, file_format, **options)
     return Image.open(io.BytesIO(buffer.getvalue()))
@@ -56,7 +56,7 @@ def corners(height: int, width: int) -> NDArray[np.uint8]:
 
 
 def photo(height: int, width: int) -> NDArray[np.uint8]:
-    """A smooth colour picture with detail at several scales, as a photograph has."""
+    """A smooth colour image with detail at several scales, as a photograph has."""
     y, x = np.mgrid[0:height, 0:width] / max(height, width)
     waves = [np.sin(7 * x + 3 * y), np.sin(23 * x * y + 1), np.cos(11 * y - 5 * x)]
     return (127 + 100 * np.stack(waves, axis=2)).astype(np.uint8)
@@ -70,12 +70,12 @@ def photo(height: int, width: int) -> NDArray[np.uint8]:
         pytest.param(Image.new("L", (4, 4), 100), (100, 100, 100), id="grey"),
         pytest.param(Image.new("LA", (4, 4), (100, 0)), (255, 255, 255), id="grey, transparent"),
         pytest.param(Image.new("LA", (4, 4), (100, 51)), (224, 224, 224), id="grey, a fifth"),
-        pytest.param(palette_picture(), (0, 0, 255), id="palette"),
+        pytest.param(palette_image(), (0, 0, 255), id="palette"),
         pytest.param(
-            palette_picture(transparency=b"\xff\x00"), (255, 255, 255), id="palette with alphas"
+            palette_image(transparency=b"\xff\x00"), (255, 255, 255), id="palette with alphas"
         ),
         pytest.param(
-            palette_picture(transparency=0), (0, 0, 255), id="palette, another index transparent"
+            palette_image(transparency=0), (0, 0, 255), id="palette, another index transparent"
         ),
         pytest.param(Image.new("RGB", (4, 4), (9, 8, 7)), (9, 8, 7), id="RGB"),
         pytest.param(Image.new("RGBA", (4, 4), (9, 8, 7, 255)), (9, 8, 7), id="RGBA, opaque"),
@@ -118,7 +118,7 @@ def test_modes_without_a_range_are_refused_with_a_remedy(mode):
 
 @pytest.mark.parametrize("file_format", ["PNG", "TIFF", "WEBP"])
 @pytest.mark.parametrize("orientation", STORED_FOR)
-def test_every_exif_orientation_gives_the_upright_picture(file_format, orientation):
+def test_every_exif_orientation_gives_the_upright_image(file_format, orientation):
     upright = np.repeat(corners(6, 10)[..., None], 3, axis=2)
     stored = Image.fromarray(np.ascontiguousarray(STORED_FOR[orientation](upright)))
     exif = Image.Exif()
@@ -203,7 +203,7 @@ def test_resizing_averages_and_does_not_pick_single_pixels():
 @example(width=20_000, height=1, target=(8, 8), fit="crop")
 @example(width=1, height=20_000, target=(8, 8), fit="stretch")
 @example(width=1, height=1, target=(64, 3), fit="crop")
-def test_any_size_gives_the_target_and_an_even_picture_stays_even(width, height, target, fit):
+def test_any_size_gives_the_target_and_an_even_image_stays_even(width, height, target, fit):
     spec = PixelSpec(height=target[0], width=target[1], channels=1, fit=fit)
     pixels = to_pixels(Image.new("L", (width, height), 77), spec)
     assert pixels.shape == spec.shape
@@ -211,7 +211,7 @@ def test_any_size_gives_the_target_and_an_even_picture_stays_even(width, height,
     assert (pixels == 77).all()
 
 
-def test_a_picture_of_the_right_size_is_left_as_it_is():
+def test_an_image_of_the_right_size_is_left_as_it_is():
     pixels = np.random.default_rng(0).integers(0, 256, (4, 4, 3), dtype=np.uint8)
     np.testing.assert_array_equal(to_pixels(Image.fromarray(pixels), RGB), pixels)
 

@@ -11,6 +11,7 @@ import threading
 import tracemalloc
 import zipfile
 import zlib
+from collections import OrderedDict
 from collections.abc import Mapping
 from contextlib import suppress
 from multiprocessing.reduction import ForkingPickler
@@ -20,9 +21,9 @@ import numpy as np
 import pytest
 from backports import zstd
 
-from vsc_serve.errors import InputError, UsageError
-from vsc_serve.sources import Source, find_sources, places, unique
-from vsc_serve.sources.tar import TarSource
+from vsc_serve.errors import InputError, SourceUnavailable, UsageError
+from vsc_serve.sources import RETRY, RetryPolicy, Source, find_sources, places, unique
+from vsc_serve.sources.tar import TarSource, open_tar
 from vsc_serve.sources.zip import ZipSource
 
 MEMBERS = {
@@ -121,12 +122,12 @@ def test_a_process_that_was_forked_opens_the_archive_anew(tmp_path):
     """One file position in two processes: each would read from where the other has left off."""
     source = next(find_sources([str(write_tar(tmp_path / "a.tar"))]))
     assert isinstance(source, TarSource)
-    here = places.keep_open(source.path, places.open_binary)
+    here = places.keep_open(source.path, open_tar, RETRY)
     here.seek(7)
     receive, send = os.pipe()
     child = os.fork()
     if child == 0:
-        there = places.keep_open(source.path, places.open_binary)
+        there = places.keep_open(source.path, open_tar, RETRY)
         there.seek(0)
         os.write(send, b"same" if there is here else b"anew")
         os._exit(0)
@@ -164,7 +165,7 @@ def test_a_webdataset_of_shards_is_a_folder_pattern_or_several_archives(tmp_path
     assert contents("set/*.tar") == contents("set/0.tar", "set/1.tar") == expected
     absolute = [f"{tmp_path}/{name}" for name in expected]
     assert list(contents("set", ids="absolute")) == absolute
-    with pytest.raises(UsageError, match=r"two pictures would have the id 'a\.jpg'"):
+    with pytest.raises(UsageError, match=r"two images would have the id 'a\.jpg'"):
         contents("set", ids="name")
 
 
@@ -173,7 +174,7 @@ def test_archives_beside_pictures_are_not_opened_but_counted(tmp_path):
     (tmp_path / "a.png").write_bytes(b"a")
     passed: dict[str, str] = {}
     assert contents(tmp_path, on_skip=passed.__setitem__) == {"a.png": b"a"}
-    assert passed == {"originals.zip": "ending .zip"}
+    assert passed == {"originals.zip": "with extension .zip"}
 
 
 @pytest.mark.parametrize("write", [write_tar, write_zip])
@@ -217,8 +218,6 @@ def test_a_member_cut_off_or_gone_is_a_reason(tmp_path):
     (source,) = find_sources([str(path)])
     path.write_bytes(path.read_bytes()[:3_000])
     assert reason(source) == "cut off: its archive ends before it does"
-    gone = TarSource("x", str(tmp_path / "gone.tar"), 0, 1)
-    assert reason(gone).startswith("no such file")
     assert reason(TarSource("x", str(path), 0, 2**40)).startswith("too large: 1,099,511,627,776")
 
 
@@ -340,7 +339,7 @@ def test_damaged_archives_give_sources_or_reasons_and_nothing_else(ending, tmp_p
         for _ in range(rng.integers(1, 6)):
             content[rng.integers(len(content))] = rng.integers(256)
         path.write_bytes(content)
-        places.drop(str(path), places.open_binary)
+        places._open.handles = OrderedDict()
         for source in find_sources([str(path)], ids="absolute"):
             with suppress(InputError):
                 source.read()
@@ -355,5 +354,134 @@ def test_an_exhausted_machine_is_no_fault_of_the_picture(ending, tmp_path, monke
         raise OSError(errno.EMFILE, "Too many open files")
 
     monkeypatch.setattr(os, "open", fail)
-    with pytest.raises(OSError, match="Too many open files"):
-        source.read()
+    match = r"a\.(tar|zip): cannot be reached now: the machine failed: Too many open files\. Free"
+    with pytest.raises(SourceUnavailable, match=match):
+        source.read(RetryPolicy(patience_s=0))
+
+
+# What is not as it is called, and what follows
+
+
+@pytest.mark.parametrize("mode", ["w", "w:gz", "w:bz2", "w:xz", "w:zst"])
+@pytest.mark.parametrize("name", ["a.tar", "a.tar.gz", "a.tgz", "a.zip", "a.parquet"])
+def test_an_archive_is_read_by_its_content_whatever_it_is_called(mode, name, tmp_path):
+    path = write_tar(tmp_path / "right.tar.xz", mode=mode).rename(tmp_path / name)
+    assert contents(path) == MEMBERS
+
+
+@pytest.mark.parametrize("name", ["a.tar", "a.tar.gz", "a.parquet"])
+def test_a_zip_is_read_by_its_content_whatever_it_is_called(name, tmp_path):
+    path = write_zip(tmp_path / "right.zip").rename(tmp_path / name)
+    assert contents(path) == MEMBERS
+
+
+def test_a_table_that_is_called_an_archive_is_read(tmp_path):
+    pa = pytest.importorskip("pyarrow")
+    parquet = pytest.importorskip("pyarrow.parquet")
+    parquet.write_table(pa.table({"image": [b"a"]}), tmp_path / "a.zip")
+    assert contents(tmp_path / "a.zip") == {"0": b"a"}
+
+
+@pytest.mark.parametrize(
+    ("head", "kind"),
+    [(b"7z\xbc\xaf\x27\x1c", "7z"), (b"Rar!\x1a\x07\1\0", "RAR"), (b"LZIP\1", "lzip")],
+)
+def test_an_archive_of_another_kind_says_what_it_is(head, kind, tmp_path):
+    (tmp_path / "a.tar").write_bytes(head + bytes(2_000))
+    (source,) = find_sources([str(tmp_path / "a.tar")])
+    assert reason(source) == f"{kind} archive, which is not read; pack it as tar or zip"
+
+
+def test_a_compressed_file_without_an_archive_in_it_says_so(tmp_path):
+    import gzip
+
+    (tmp_path / "a.tar").write_bytes(gzip.compress(b"a single picture" * 99))
+    (source,) = find_sources([str(tmp_path / "a.tar")])
+    assert reason(source).startswith("broken archive, the rest is lost: ")
+    assert reason(source).endswith("(inside gzip)")
+
+
+@pytest.mark.parametrize("extension", [".tar", ".tar.gz"])
+@pytest.mark.parametrize("padding", [0, 1, 19, 5_000])
+def test_archives_that_follow_each_other_in_one_file_are_all_read(extension, padding, tmp_path):
+    """`cat a.tar b.tar > both.tar`: tar by itself stops after the first, in silence."""
+    parts = []
+    for name in "abc":
+        part = write_tar(tmp_path / f"{name}.tar", {f"{name}.png": name.encode() * 700})
+        parts.append(part.read_bytes() + bytes(padding * 512))
+        part.unlink()
+    if extension == ".tar.gz":
+        import gzip
+
+        parts = [gzip.compress(part) for part in parts]
+    path = tmp_path / f"both{extension}"
+    path.write_bytes(b"".join(parts))
+    assert contents(path) == {f"{name}.png": name.encode() * 700 for name in "abc"}
+
+
+def test_what_follows_an_archive_and_is_none_is_no_silent_end(tmp_path):
+    path = write_tar(tmp_path / "a.tar", {"a.png": b"a"})
+    path.write_bytes(path.read_bytes() + b"something else" * 99)
+    found, rest = find_sources([str(path)])
+    assert found.read() == b"a"
+    assert "no header where one belongs, at byte 10,240" in reason(rest)
+
+
+def test_a_member_with_less_than_no_bytes_does_not_lead_back(tmp_path):
+    path = write_tar(tmp_path / "a.tar", {"a.png": b"a", "b.png": b"b"})
+    content = bytearray(path.read_bytes())
+    header = content[1024:1536]
+    header[124:136] = b"\xff" * 8 + (-1024 & 2**32 - 1).to_bytes(4, "big")
+    header[148:156] = b" " * 8
+    header[148:156] = b"%06o\0 " % sum(header)
+    content[1024:1536] = header
+    path.write_bytes(content)
+    sources = list(find_sources([str(path)]))
+    assert len(sources) == 2
+    assert "broken archive" in reason(sources[1])
+
+
+def test_a_header_that_claims_gigabytes_takes_no_memory(tmp_path):
+    path = tmp_path / "a.tar"
+    member = tarfile.TarInfo("././@LongLink")
+    member.type, member.size = tarfile.GNUTYPE_LONGNAME, 2**33
+    path.write_bytes(member.tobuf(tarfile.GNU_FORMAT) + bytes(4096))
+    tracemalloc.start()
+    (source,) = find_sources([str(path)])
+    _, peak = tracemalloc.get_traced_memory()
+    tracemalloc.stop()
+    assert "broken archive, the rest is lost: a header of 8,589,934,592 bytes" in reason(source)
+    assert peak < 10_000_000
+
+
+def test_a_locked_folder_does_not_hide_the_archives_beside_it(tmp_path, monkeypatch):
+    write_tar(tmp_path / "a.tar", {"a.png": b"a"})
+    (tmp_path / "locked").mkdir()
+    scandir = os.scandir
+
+    def refuse(path):
+        if Path(path).name == "locked":
+            raise PermissionError(13, "Permission denied", str(path))
+        return scandir(path)
+
+    monkeypatch.setattr(os, "scandir", refuse)
+    locked, found = find_sources([str(tmp_path)])
+    assert (locked.id, found.id) == ("locked", "a.tar/a.png")
+
+
+def test_members_of_one_name_are_refused_in_a_folder_of_archives_too(tmp_path):
+    with tarfile.open(tmp_path / "a.tar", "w") as archive:
+        for content in (b"1", b"2"):
+            member = tarfile.TarInfo("a.png")
+            member.size = 1
+            archive.addfile(member, io.BytesIO(content))
+    with pytest.raises(UsageError, match=r"'a\.tar/a\.png': byte 512 of .* and byte 1,536 of "):
+        list(find_sources([str(tmp_path)]))
+
+
+def test_the_archives_that_are_read_are_not_counted_as_passed_over(tmp_path):
+    write_tar(tmp_path / "a.tar", {"a.png": b"a", "a.json": b"{}"})
+    (tmp_path / "notes.txt").write_bytes(b"")
+    passed: dict[str, str] = {}
+    list(find_sources([str(tmp_path)], on_skip=passed.__setitem__))
+    assert passed == {"notes.txt": "with extension .txt", "a.tar/a.json": "with extension .json"}

@@ -13,7 +13,7 @@ from pathlib import Path
 import pytest
 
 from vsc_serve.errors import InputError, UsageError
-from vsc_serve.sources import FileSource, Source, find_sources, is_array, unique
+from vsc_serve.sources import FileSource, Source, find_sources, unique
 from vsc_serve.sources.unique import unique_ids
 
 
@@ -193,7 +193,7 @@ def test_two_pictures_with_one_name_are_refused_and_both_are_named(here):
 
 def test_a_path_that_is_twice_on_a_list_is_refused(here, monkeypatch):
     give_list(monkeypatch, b"a.jpg\nb.jpg\na.jpg\n")
-    with pytest.raises(UsageError, match=r"^two pictures would have the id 'a\.jpg'\. Give each"):
+    with pytest.raises(UsageError, match=r"^two images would have the id 'a\.jpg'\. Give each"):
         ids("-")
 
 
@@ -210,7 +210,7 @@ def test_equal_ids_far_apart_are_found_too(monkeypatch):
     assert sum(1 for _ in unique_ids(numbered(count, last=count), None)) == count + 1
     for last in (0, 777, count - 1):
         again = partial(numbered, count, last=last)
-        with pytest.raises(UsageError, match=rf"'{last}\.png'.* and .*'{last}\.png'"):
+        with pytest.raises(UsageError, match=rf"'{last}': {last}\.png and {last}\.png\."):
             list(unique_ids(again(), again))
 
 
@@ -225,13 +225,77 @@ def test_the_memory_for_ids_is_a_few_bytes_an_image(monkeypatch):
     assert peak < 1e6  # 1,000 ids, and 8 bytes for each; all the ids would be 3 MB
 
 
-def test_numpy_files_go_another_way():
-    assert is_array("a/b.npz")
-    assert is_array("b.npy")
-    assert not is_array("b.png")
-
-
 def test_a_path_with_file_before_it_is_a_path(here):
     fill(here, "p/a.jpg")
     assert ids(f"file://{here}/p") == ["a.jpg"]
     assert next(find_sources([f"file://{here}/p/a.jpg"])).read() == b""
+
+
+def test_a_folder_whose_name_has_signs_of_a_pattern_is_no_pattern(here):
+    """`photos [2024]` would match `photos 2`, and did."""
+    fill(here, "photos [2024]/a.jpg", "photos [2024]/in/b.jpg", "photos 2/c.jpg", "photos 0/d.jpg")
+    assert ids("photos [2024]/*.jpg") == ["photos [2024]/a.jpg"]
+    assert ids("photos [2024]/**/*.jpg") == ["photos [2024]/a.jpg", "photos [2024]/in/b.jpg"]
+    assert ids("photos [2024]/in/*") == ["photos [2024]/in/b.jpg"]
+    assert ids(f"{here}/photos [2024]/i?/*") == [f"{here}/photos [2024]/in/b.jpg"]
+    assert ids("photos [20]/*.jpg") == ["photos 0/d.jpg", "photos 2/c.jpg"]
+    with pytest.raises(UsageError, match=r"^photos \[2024\]/gone\.jpg: no such file or folder"):
+        find_sources(["photos [2024]/gone.jpg"])
+    with pytest.raises(UsageError, match=r"^photos \[2024\]/gone/\*: there is no folder photos"):
+        find_sources(["photos [2024]/gone/*"])
+    fill(here, "x*/a?/1.jpg", "x1/ab/2.jpg")
+    assert ids("x*/a?/*") == ["x*/a?/1.jpg"]
+
+
+def test_a_list_may_begin_with_the_mark_of_its_encoding(here, monkeypatch):
+    """As Windows writes it: PowerShell's `>` gives UTF-16."""
+    name = "größe 漢字.jpg"
+    fill(here, "a b.jpg", name)
+    text = f"a b.jpg\r\n{name}\r\n"
+    for encoding in ("utf-8-sig", "utf-16"):
+        give_list(monkeypatch, text.encode(encoding))
+        assert ids("-") == ["a b.jpg", name]
+    give_list(monkeypatch, b"\xfe\xff" + text.encode("utf-16-be"))
+    assert ids("-") == ["a b.jpg", name]
+    give_list(monkeypatch, b"\xff\xfe" + text.replace("\r\n", "\0").encode("utf-16-le"))
+    assert ids("-") == ["a b.jpg", name]
+
+
+def test_a_long_list_in_utf_16_is_read_as_it_is_wanted(here, monkeypatch):
+    names = [f"{number:06} é.jpg" for number in range(40_000)]
+    give_list(monkeypatch, "\n".join(names).encode("utf-16"))
+    sources = find_sources(["-"])
+    assert next(sources).id == names[0]
+    assert sys.stdin.buffer.tell() < 200_000
+    assert [source.id for source in sources] == names[1:]
+
+
+def test_a_list_that_begins_as_utf_16_and_is_none_says_so(here, monkeypatch):
+    for content in (b"\xff\xfea", b"\xff\xfe" + "\ud800".encode("utf-16-le", "surrogatepass")):
+        give_list(monkeypatch, content)
+        with pytest.raises(
+            InputError, match=r"^-: the list begins as UTF-16 text and is none"
+        ) as it:
+            list(find_sources(["-"]))
+        assert it.value.kind == "broken"
+
+
+def test_paths_and_a_single_input_are_inputs_too(here):
+    fill(here, "p/a.jpg", "b.jpg")
+    assert ids(Path("p"), Path("b.jpg")) == ["p/a.jpg", "b.jpg"]
+    assert [source.id for source in find_sources(Path("p"))] == ["a.jpg"]
+    assert [source.id for source in find_sources("b.jpg")] == ["b.jpg"]
+
+
+def test_a_name_that_no_file_can_have_is_not_there(here):
+    for name in ("n" * 300, "a\0b", f"{'n' * 300}/*.jpg"):
+        with pytest.raises(UsageError, match=r"no such file or folder|there is no folder"):
+            find_sources([name])
+
+
+def test_sources_travel_small_and_know_where_they_lie(here):
+    fill(here, "p/a.jpg")
+    (source,) = find_sources(["p"])
+    assert isinstance(source, FileSource)
+    assert source.where == "p/a.jpg"
+    assert source == FileSource("a.jpg", "p/a.jpg")

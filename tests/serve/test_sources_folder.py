@@ -75,7 +75,9 @@ def test_a_source_is_small_travels_and_can_be_a_key(tmp_path):
     (source,) = find_sources([str(fill(tmp_path, "a.png"))])
     assert travelled(source) == source
     assert {source: 1}[FileSource("a.png", str(tmp_path / "a.png"))] == 1
-    assert len(ForkingPickler.dumps(source)) < 200 + len(str(tmp_path))
+    assert len(ForkingPickler.dumps(source)) < 350 + 2 * len(str(tmp_path))
+    sources = list(find_sources([str(fill(tmp_path, *(f"{number}.png" for number in range(99))))]))
+    assert len(ForkingPickler.dumps(sources)) < 100 * (100 + len(str(tmp_path)))  # one root
     assert isinstance(source, Source)
     assert not hasattr(source, "__dict__")
 
@@ -88,11 +90,11 @@ def test_files_that_are_no_images_and_hidden_and_junk_places_are_skipped(tmp_pat
         "._a.png": "hidden",
         ".git/": "hidden or junk folder",
         ".hidden.png": "hidden",
-        "Thumbs.db": "ending .db",
+        "Thumbs.db": "with extension .db",
         "__MACOSX/": "hidden or junk folder",
         "node_modules/": "hidden or junk folder",
-        "notes.txt": "ending .txt",
-        "png": "ending (none)",
+        "notes.txt": "with extension .txt",
+        "png": "without extension",
         "x/@eaDir/": "hidden or junk folder",
     }
 
@@ -218,7 +220,7 @@ def test_complaint_zero_images_say_what_was_looked_for_and_exit_with_2(tmp_path)
         find_sources([str(tmp_path)])
     assert caught.value.exit_code == 2
     assert str(caught.value).endswith(
-        " Passed over: 2 ending .txt, 1 hidden or junk folder, 1 ending .csv."
+        " Passed over: 2 with extension .txt, 1 hidden or junk folder, 1 with extension .csv."
     )
 
 

@@ -129,10 +129,11 @@ def test_an_unknown_kind_of_url_and_one_that_needs_a_package_say_so(monkeypatch)
 
 def test_a_question_mark_in_a_web_address_is_no_pattern(monkeypatch):
     url = "https://example.invalid/a.jpg?size=large"
-    monkeypatch.setattr(find, "is_folder_url", lambda url: False)
+    monkeypatch.setattr(find, "is_folder", lambda place, retry: False)
+    monkeypatch.setattr(find, "is_there", lambda place, retry: True)
     (source,) = find_sources([url])
     assert source == UrlSource(url, url)
-    monkeypatch.setattr(find, "is_folder_url", lambda url: None)
+    monkeypatch.setattr(find, "is_there", lambda place, retry: False)
     with pytest.raises(UsageError, match="no such file or folder"):
         find_sources([url])
 

@@ -272,6 +272,7 @@ def _refuse_empty_class(folder: Path, ids: Sequence[str]) -> None:
 def _load_file(path: Path) -> Examples:
     rows, ids, labels = read_rows(path)
     if rows.ndim == 2:
+        rows = rows.astype(np.float32, copy=False)
         return Examples(rows, ids, DataSpec(input_dim=rows.shape[1]), labels)
     spec = PixelSpec(height=rows.shape[1], width=rows.shape[2], channels=rows.shape[3])
     return Examples(rows, ids, DataSpec(pixel_spec=spec), labels)

@@ -1,15 +1,17 @@
 """Say what a path is: a run, a bundle, a codes file, or a folder of them."""
 
-import json
 from pathlib import Path
-from typing import Any
+from typing import Any, Final
 
 from vsc_serve.bundle import MANIFEST, open_bundle
 from vsc_serve.codes import CodeStatistics, is_shard_folder, part_paths, read_codes
 from vsc_serve.errors import InputError, UsageError
+from vsc_serve.schema import load_json
+from vsc_serve.untrusted import is_folder, is_plain, read_plain
 
-_RUN_SUMMARY = "run.json"
+_RUN_SUMMARY: Final = "run.json"
 """Written by `vsc train`; read here as JSON, so that the runtime needs no torch to show a run."""
+_MAX_SUMMARY_BYTES: Final = 2**23
 
 
 def describe(path: Path) -> dict[str, Any]:
@@ -20,17 +22,17 @@ def describe(path: Path) -> dict[str, Any]:
         BundleError: A bundle that is damaged.
         InputError: A file that is damaged.
     """
-    if path.is_file() or is_shard_folder(path):
+    if is_plain(path) or is_shard_folder(path):
         return _describe_codes(path)
-    if (path / MANIFEST).is_file():
+    if is_plain(path / MANIFEST):
         return _describe_bundle(path)
-    if (path / _RUN_SUMMARY).is_file():
+    if is_plain(path / _RUN_SUMMARY):
         return _describe_run(path)
-    if path.exists():
+    if is_folder(path):
         raise UsageError(
             f"{path}: neither a run ({_RUN_SUMMARY}) nor a bundle or shards ({MANIFEST})"
         )
-    raise UsageError(f"{path}: no such file or folder. Check the path.")
+    raise UsageError(f"{path}: no regular file or folder is there. Check the path.")
 
 
 def _describe_bundle(path: Path) -> dict[str, Any]:
@@ -55,7 +57,7 @@ def _describe_bundle(path: Path) -> dict[str, Any]:
 
 def _describe_run(path: Path) -> dict[str, Any]:
     try:
-        stored = json.loads((path / _RUN_SUMMARY).read_text(encoding="utf-8"))
+        stored = load_json(read_plain(path / _RUN_SUMMARY, _MAX_SUMMARY_BYTES))
         recipe, figures = stored["recipe"], stored["figures"]
         return {
             "kind": f"training run, format {stored['format']}",
@@ -72,7 +74,7 @@ def _describe_run(path: Path) -> dict[str, Any]:
 
 def _describe_codes(path: Path) -> dict[str, Any]:
     stored, files = read_codes(path), part_paths(path)
-    shards = f", in {len(files)} shards" if path.is_dir() else ""
+    shards = f", in {len(files)} shards" if is_folder(path) else ""
     members = ("gamma", "sigma", "digests")
     optional = [name for name in members if getattr(stored, name) is not None]
     return {

@@ -16,7 +16,6 @@ _EXTRAS: Final = {
     "train": ("torch", "safetensors", "tensorboard"),
     "export": ("torch", "onnx", "onnxscript"),
     "serve": ("fastapi", "uvicorn", "python-multipart"),
-    "fast": ("simplejpeg",),
     "heif": ("pillow-heif",),
     "zstd": ("backports.zstd",),
     "parquet": ("pyarrow",),

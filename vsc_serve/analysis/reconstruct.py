@@ -16,6 +16,7 @@ from vsc_serve.decoder import Decoder
 from vsc_serve.errors import InputError
 from vsc_serve.images import read_pixels
 from vsc_serve.outputs import marked, write_marker
+from vsc_serve.untrusted import is_folder
 
 _ROWS_AT_ONCE = 1024
 _KIND = "reconstructions"
@@ -39,7 +40,7 @@ def write_reconstructions(
         How many were written.
 
     Raises:
-        InputError: The model does not draw pictures, or an id would lead out of the folder.
+        InputError: The model does not draw pictures, or an id cannot be the name of a file.
     """
     _require_pictures(decoder.manifest)
     with atomic_folder(out, RECONSTRUCTIONS) as folder:
@@ -49,9 +50,7 @@ def write_reconstructions(
             for row, pixels in zip(
                 chosen, to_uint8(decoder.decode(stored.codes[chosen])), strict=True
             ):
-                path = _inside(folder, f"{stored.ids[row]}.png")
-                path.parent.mkdir(parents=True, exist_ok=True)
-                _picture(pixels).save(path)
+                _save(folder, stored.ids[row], _picture(pixels))
     return len(rows)
 
 
@@ -100,7 +99,7 @@ def to_uint8(means: NDArray[np.float32]) -> NDArray[np.uint8]:
 
 
 def _read_input(images: Path, identity: str, decoder: Decoder) -> NDArray[np.uint8]:
-    path = images / identity if images.is_dir() else images
+    path = images / identity if is_folder(images) else images
     try:
         return read_pixels(path, image_spec(decoder.manifest))
     except InputError as error:
@@ -113,9 +112,22 @@ def _picture(pixels: NDArray[Any]) -> Image.Image:
     return Image.fromarray(pixels[..., 0] if pixels.shape[2] == 1 else pixels)
 
 
-def _inside(folder: Path, name: str) -> Path:
-    """Return a path inside the folder; an id such as `/a/b.png` becomes `a/b.png`."""
-    path = folder.joinpath(*(part for part in Path(name).parts if part not in ("/", "..")))
-    if not path.resolve().is_relative_to(folder.resolve()):
-        raise InputError(f"id {name} leads out of the folder")
-    return path
+def _save(folder: Path, identity: str, picture: Image.Image) -> None:
+    """Write the PNG of a row below the folder; an id such as `/a/b.png` becomes `a/b.png.png`.
+
+    Raises:
+        InputError: The id cannot be the name of a file, or is that of an earlier row.
+    """
+    inside = (part for part in Path(f"{identity}.png").parts if part not in ("/", ".."))
+    path = folder.joinpath(*inside)
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        with path.open("xb") as file:
+            picture.save(file, "PNG")
+    except FileExistsError:
+        raise InputError(
+            f"id {identity}: its image would take the place of another row's. Draw one with --rows."
+        ) from None
+    except (OSError, ValueError) as error:
+        reason = error.strerror if isinstance(error, OSError) else error
+        raise InputError(f"id {identity}: its image cannot be written ({reason}).") from error

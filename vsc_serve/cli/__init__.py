@@ -5,13 +5,16 @@ and `train`, `export` and `demo` join through the entry-point group `vsc.command
 loads none of it.
 """
 
+import errno
 import logging
 import sys
+from contextlib import suppress
 from importlib.metadata import entry_points
-from typing import Annotated
+from typing import Annotated, NoReturn
 
 import typer
 
+from vsc_serve import streams
 from vsc_serve.cli.convert import convert
 from vsc_serve.cli.decode import decode
 from vsc_serve.cli.encode import encode
@@ -19,6 +22,7 @@ from vsc_serve.cli.inspect import doctor, info
 from vsc_serve.cli.options import print_text
 from vsc_serve.cli.search import search
 from vsc_serve.cli.serve import serve
+from vsc_serve.console import LineFormatter, printable
 from vsc_serve.errors import Interrupted, UsageError, VscError
 
 app = typer.Typer(
@@ -47,15 +51,23 @@ def _version(
 
 def main() -> None:
     """Run `vsc`. A VscError becomes one line on stderr and the exit code of its class."""
-    logging.basicConfig(format="%(levelname)s %(message)s", stream=sys.stderr)
+    streams.prepare()
+    _log_to_stderr()
     for entry_point in sorted(entry_points(group="vsc.commands"), key=lambda entry: entry.name):
         app.add_typer(entry_point.load())
     try:
         code = app(standalone_mode=False)
+        sys.stdout.flush()  # a full disk shows here, not when Python ends
+    except streams.ReaderGone:
+        code = 0
     except VscError as error:
         _fail(error)
     except (KeyboardInterrupt, typer.Abort):
         _fail(Interrupted("interrupted. Nothing is half-written; run the same command again."))
+    except OSError as error:
+        if error.errno != errno.ENAMETOOLONG:
+            raise
+        _fail(UsageError(f"{error.filename}: too long for the name of a file"))
     except Exception as error:
         if not hasattr(error, "format_message"):  # what typer raises for wrong arguments has it
             raise
@@ -63,6 +75,14 @@ def main() -> None:
     sys.exit(code if isinstance(code, int) else 0)
 
 
-def _fail(error: VscError) -> None:
-    sys.stderr.write(f"vsc: {error}\n")
+def _log_to_stderr() -> None:
+    handler = logging.StreamHandler(sys.stderr)
+    handler.setFormatter(LineFormatter("%(levelname)s %(message)s"))
+    logging.basicConfig(handlers=[handler])
+
+
+def _fail(error: VscError) -> NoReturn:
+    with suppress(streams.ReaderGone, VscError):
+        sys.stdout.flush()
+    sys.stderr.write(f"vsc: {printable(str(error))}\n")
     sys.exit(error.exit_code)

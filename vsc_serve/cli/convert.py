@@ -1,6 +1,5 @@
 """`vsc convert`: codes in the formats of other tools."""
 
-import os
 import sys
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, BinaryIO
@@ -72,13 +71,8 @@ def convert(
 
 
 def _write_stdout(planned: "Planned") -> None:
-    """Write to stdout. A reader that goes away early, like `head`, is no error."""
     from vsc_serve.convert import write_lines
 
     stdout: BinaryIO = sys.stdout.buffer
-    try:
-        write_lines(planned, stdout)
-        stdout.flush()
-    except BrokenPipeError:
-        # What Python would write when it ends goes nowhere.
-        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+    write_lines(planned, stdout)
+    stdout.flush()

@@ -1,12 +1,11 @@
 """`vsc info` and `vsc doctor`: what is there."""
 
-import json
 from pathlib import Path
 from typing import Annotated
 
 import typer
 
-from vsc_serve.cli.options import JsonOption, print_text
+from vsc_serve.cli.options import JsonOption, print_json, print_text
 
 
 def info(
@@ -19,7 +18,7 @@ def info(
 
     facts = describe(path)
     if as_json:
-        print_text(json.dumps(facts, indent=2))
+        print_json(facts, indent=2)
         return
     width = max(len(name) for name in facts)
     for name, value in facts.items():
@@ -32,7 +31,7 @@ def doctor(*, as_json: JsonOption = False) -> None:
 
     findings = examine()
     if as_json:
-        print_text(json.dumps([vars(finding) for finding in findings]))
+        print_json([vars(finding) for finding in findings])
     else:
         for finding in findings:
             print_text(f"{finding.mark:<5} {finding.name:<16} {finding.text}")

@@ -1,5 +1,6 @@
 """Options that several commands share, and what they mean."""
 
+import json
 import os
 import sys
 from pathlib import Path
@@ -7,6 +8,7 @@ from typing import TYPE_CHECKING, Annotated, Any, Final
 
 import typer
 
+from vsc_serve.console import printable
 from vsc_serve.errors import BundleError, UsageError
 from vsc_serve.models import builtin_model
 
@@ -54,8 +56,13 @@ def check_device(choice: str) -> Any:
 
 
 def print_text(text: str) -> None:
-    """Print to stdout; file names that are not valid text are escaped, not fatal."""
-    sys.stdout.write(text.encode("utf-8", "backslashreplace").decode("utf-8") + "\n")
+    """Print a line for a person to stdout; an id or a name of a file in it cannot do harm."""
+    sys.stdout.write(printable(text) + "\n")
+
+
+def print_json(value: Any, *, indent: int | None = None) -> None:
+    """Print JSON for a program to stdout: exact, and pure ASCII."""
+    sys.stdout.write(json.dumps(value, indent=indent) + "\n")
 
 
 def refuse_other_model(stored: "CodeFile", digest: str, bundle: Path) -> None:

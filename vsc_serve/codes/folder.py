@@ -1,22 +1,26 @@
 """A folder of codes files, shards, that are read as one."""
 
-import hashlib
-import json
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from itertools import chain
 from pathlib import Path
 from typing import Any, Final
 
-from vsc_serve.codes.npz import CodeFile, code_file, load_arrays
+from vsc_serve.codes.npz import CodeFile
+from vsc_serve.codes.read import code_file, load_arrays
 from vsc_serve.codes.rows import concatenate_aligned, stack_codes
 from vsc_serve.errors import InputError
+from vsc_serve.schema import conform, conform_fields, load_json
+from vsc_serve.untrusted import inside, is_folder, read_plain
 
 SHARD_LIST: Final = "manifest.json"
 """Names the shards of a folder, in order."""
 
 SHARD_FORMAT: Final = 1
 """Newest format of that list this version reads."""
+
+_MAX_LIST_BYTES: Final = 2**26
+"""Half a million shards."""
 
 _SAME_IN_ALL_SHARDS: Final = ("format", "model_digest", "tau", "view", "max_active")
 
@@ -54,7 +58,7 @@ def read_parts(path: Path) -> Iterator[CodeFile]:
     Raises:
         InputError: As `read_codes`; of shards that do not belong together it knows nothing.
     """
-    if path.is_dir():
+    if is_folder(path):
         yield from map(_read_shard, list_shards(path))
     else:
         yield code_file(path, load_arrays(path))
@@ -62,13 +66,13 @@ def read_parts(path: Path) -> Iterator[CodeFile]:
 
 def part_paths(path: Path) -> list[Path]:
     """Return the files a path stands for: itself, or the shards of a folder."""
-    return [shard.path for shard in list_shards(path)] if path.is_dir() else [path]
+    return [shard.path for shard in list_shards(path)] if is_folder(path) else [path]
 
 
 def is_shard_folder(path: Path) -> bool:
     """Tell whether a folder holds shards of codes (a bundle's manifest lists no shards)."""
     try:
-        return "shards" in json.loads((path / SHARD_LIST).read_text(encoding="utf-8"))
+        return "shards" in _load_list(path)
     except (OSError, ValueError, TypeError):
         return False
 
@@ -77,12 +81,13 @@ def list_shards(folder: Path) -> list[Shard]:
     """Return the shards of a folder in the order of their rows.
 
     Raises:
-        InputError: The list is missing, damaged or of a newer format, or names no shards.
+        InputError: The list is missing, damaged or of a newer format, or names no shards, or files
+            outside the folder.
     """
     path = folder / SHARD_LIST
     try:
-        stored = json.loads(path.read_text(encoding="utf-8"))
-        found, entries = int(stored["format"]), list(stored["shards"])
+        stored = _load_list(folder)
+        found, entries = conform(stored["format"], int, "format"), list(stored["shards"])
     except FileNotFoundError:
         raise InputError(
             f"{folder}: a folder without {SHARD_LIST}, so no shards of codes. Give a codes.npz, or"
@@ -104,27 +109,33 @@ def list_shards(folder: Path) -> list[Shard]:
     return [_shard(path, entry) for entry in entries]
 
 
-def _shard(path: Path, entry: Any) -> Shard:
+def _load_list(folder: Path) -> Any:
+    return load_json(read_plain(inside(folder, SHARD_LIST), _MAX_LIST_BYTES))
+
+
+@dataclass(frozen=True)
+class _Entry:
+    """What the list says about a shard."""
+
+    file: str
+    rows: int
+    sha256: str | None = None
+
+
+def _shard(path: Path, stored: Any) -> Shard:
     try:
-        name, rows, digest = str(entry["file"]), int(entry["rows"]), entry.get("sha256")
-        if not name or Path(name).name != name:
-            raise ValueError(f"{name!r} is no name of a file in this folder")
-    except (ValueError, TypeError, KeyError, AttributeError) as error:
-        raise InputError(f"{path}: damaged ({error!r}). Encode again.") from error
-    return Shard(path=path.parent / name, rows=rows, sha256=digest)
+        entry = conform_fields(conform(stored, dict[str, Any], "shard"), _Entry, ignore=True)
+        if "/" in entry.file:
+            raise ValueError(f"{entry.file[:100]!r} is no name of a file in this folder")
+        place = inside(path.parent, entry.file)
+    except ValueError as error:
+        raise InputError(f"{path}: damaged ({error}). Encode again.") from error
+    return Shard(path=place, rows=entry.rows, sha256=entry.sha256)
 
 
 def _read_shard(shard: Shard) -> CodeFile:
     """Read one shard and compare it with the list."""
-    if shard.sha256 is not None and shard.path.is_file():
-        with shard.path.open("rb") as file:
-            found = hashlib.file_digest(file, "sha256").hexdigest()
-        if found != shard.sha256:
-            raise InputError(
-                f"{shard.path}: changed since it was written (sha256 {found[:12]}, but"
-                f" {SHARD_LIST} says {shard.sha256[:12]}). Delete the file and encode again."
-            )
-    stored = read_codes(shard.path)
+    stored = code_file(shard.path, load_arrays(shard.path, sha256=shard.sha256))
     if len(stored.ids) != shard.rows:
         raise InputError(
             f"{shard.path}: {len(stored.ids)} rows, but {SHARD_LIST} says {shard.rows}."

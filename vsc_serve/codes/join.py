@@ -14,15 +14,14 @@ from vsc_serve.codes.folder import read_codes
 from vsc_serve.codes.npz import (
     ALIGNED,
     Member,
-    code_file,
     cut_texts,
-    load_arrays,
     meta_fact,
     shape_facts,
     text_member,
     text_width,
     write_members,
 )
+from vsc_serve.codes.read import code_file, load_array, load_arrays
 from vsc_serve.codes.rows import index_type
 from vsc_serve.errors import InputError
 
@@ -75,7 +74,9 @@ def _measure(path: Path) -> _Part:
         entries=stored.codes.nnz,
         widths={name: text_width(given) for name, given in texts.items() if given is not None},
         aligned=[name for name in ALIGNED if name in arrays],
-        is_canonical="ids" in arrays and np.may_share_memory(stored.codes.data, arrays["data"]),
+        is_canonical=np.may_share_memory(stored.codes.data, arrays["data"])
+        and all(arrays[name].dtype.kind == "U" for name in {"ids", *texts} & arrays.keys())
+        and "ids" in arrays,
     )
 
 
@@ -119,9 +120,7 @@ def _joined_members(parts: Sequence[_Part], meta: dict[str, Any]) -> Iterator["M
 def _part_array(part: _Part, name: str) -> NDArray[Any]:
     """Read one array of a part; of a file that vsc did not write, as `write_codes` would have."""
     if part.is_canonical:
-        with np.load(part.path, allow_pickle=False) as stored:
-            found: NDArray[Any] = stored[name]
-        return found
+        return load_array(part.path, name)
     tidy = read_codes(part.path)
     if name in ("data", "indices", "indptr"):
         return np.asarray(getattr(tidy.codes, name))

@@ -1,22 +1,21 @@
-"""`codes.npz`: codes with ids and provenance, which plain `scipy.sparse.load_npz` opens."""
+"""`codes.npz`: codes with ids and provenance, which plain `scipy.sparse.load_npz` opens.
+
+Written here; `codes.read` reads it.
+"""
 
 import io
 import json
 import math
-import struct
 import zipfile
-import zlib
 from collections.abc import Iterable, Iterator, Sequence
 from pathlib import Path
 from typing import Any, BinaryIO, Final, NamedTuple
 
 import numpy as np
-import scipy.sparse
 from numpy.typing import NDArray
 
 from vsc_serve.atomic import atomic_file
 from vsc_serve.codes.rows import Codes, canonical
-from vsc_serve.errors import InputError
 
 FORMAT: Final = 1
 """Newest codes format this version reads and writes."""
@@ -33,12 +32,6 @@ ALIGNED: Final = ("gamma", "sigma")
 """Members with one value for each entry of `data`."""
 
 _ZIP_EPOCH: Final = (1980, 1, 1, 0, 0, 0)
-
-_NPZ_ERRORS: Final = (
-    *(OSError, EOFError, ValueError, TypeError, KeyError, AttributeError, RuntimeError),
-    *(MemoryError, OverflowError, SyntaxError, zipfile.BadZipFile, zlib.error, struct.error),
-)
-"""What numpy and zipfile raise on a file that is no npz, or a damaged one."""
 
 
 class CodeFile(NamedTuple):
@@ -194,82 +187,3 @@ def _add(archive: zipfile.ZipFile, member: Member, *, is_deflated: bool) -> None
         np.lib.format.write_array_header_1_0(stream, header)
         for block in member.blocks:
             stream.write(np.ascontiguousarray(block, dtype).data)
-
-
-def load_arrays(path: Path) -> dict[str, NDArray[Any]]:
-    """Read all arrays of an npz file. Raises InputError."""
-    try:
-        with path.open("rb") as file, np.load(file, allow_pickle=False) as stored:
-            return {name: stored[name] for name in stored.files}
-    except FileNotFoundError:
-        raise InputError(
-            f"{path}: no such file. Make it with `vsc encode images/ --out {path}`."
-        ) from None
-    except _NPZ_ERRORS as error:
-        raise InputError(f"{path}: not a readable npz file ({error}). Encode again.") from error
-
-
-def code_file(path: Path, arrays: dict[str, NDArray[Any]]) -> CodeFile:
-    """Return what the arrays of a codes file say, checked. Raises InputError, naming `path`."""
-    missing = [name for name in ("data", "indices", "indptr", "shape") if name not in arrays]
-    if missing or arrays.get("format", np.array(b"csr")).tolist() != b"csr":
-        raise InputError(
-            f"{path}: not a CSR matrix (missing: {', '.join(missing) or 'format csr'})."
-            " Give a file that `vsc encode` wrote."
-        )
-    meta = _read_meta(path, arrays.get("meta"))
-    try:
-        parts = (arrays["data"], arrays["indices"], arrays["indptr"])
-        stored = scipy.sparse.csr_array(parts, shape=tuple(arrays["shape"].tolist()))
-        stored.check_format(full_check=True)
-        codes = canonical(stored)
-    except (ValueError, TypeError, IndexError) as error:
-        raise InputError(f"{path}: damaged ({error}). Encode again.") from error
-    row_count = codes.shape[0]
-    ids = _read_texts(path, arrays, "ids", row_count)
-    gamma, sigma = (_read_aligned(path, arrays, name, codes) for name in ALIGNED)
-    digests = _read_texts(path, arrays, "digests", row_count)
-    numbered = [str(row) for row in range(row_count)] if ids is None else ids
-    return CodeFile(codes, numbered, meta, gamma, sigma, digests)
-
-
-def _read_texts(
-    path: Path, arrays: dict[str, NDArray[Any]], name: str, row_count: int
-) -> list[str] | None:
-    """Return the ids or digests; None where the file has none."""
-    if name not in arrays:
-        return None
-    texts = np.atleast_1d(arrays[name]).tolist()
-    if len(texts) != row_count:
-        raise InputError(f"{path}: {len(texts)} {name} for {row_count} rows. Encode again.")
-    return list(texts)
-
-
-def _read_aligned(
-    path: Path, arrays: dict[str, NDArray[Any]], name: str, codes: Codes
-) -> NDArray[np.float32] | None:
-    """Return gamma or sigma; None where the file has none."""
-    found = arrays.get(name)
-    if found is None:
-        return None
-    is_as_stored = not codes.nnz or np.may_share_memory(codes.data, arrays["data"])
-    if found.shape != codes.data.shape or found.dtype != np.float32 or not is_as_stored:
-        raise InputError(f"{path}: damaged ({name} does not go with data). Encode again.")
-    return found
-
-
-def _read_meta(path: Path, stored: NDArray[Any] | None) -> dict[str, Any]:
-    """Return the provenance, empty for a matrix that plain scipy wrote, and check the format."""
-    if stored is None:
-        return {}
-    try:
-        meta = json.loads(str(stored.item()))
-        found = int(meta["format"])
-    except (ValueError, TypeError, KeyError) as error:
-        raise InputError(f"{path}: damaged meta ({error!r}). Encode again.") from error
-    if found > FORMAT:
-        raise InputError(
-            f"{path}: codes format {found}, but this vsc-serve reads up to {FORMAT}."
-            " Upgrade vsc-serve."
-        )
-    return dict(meta)

@@ -6,6 +6,7 @@
 Everything a target may refuse is found by `plan`, which goes through all rows; writing follows.
 """
 
+from vsc_serve.console import Progress
 from vsc_serve.convert.plan import (
     FORMATS,
     Options,
@@ -18,12 +19,17 @@ from vsc_serve.convert.plan import (
     write_file,
     write_lines,
 )
+from vsc_serve.convert.rows import Block, Rows, Survey
 
 __all__ = [
     "FORMATS",
+    "Block",
     "Options",
     "Planned",
+    "Progress",
+    "Rows",
     "Sign",
+    "Survey",
     "check_target",
     "ids_path",
     "plan",

@@ -3,7 +3,7 @@
 `open_executor` chooses and opens one; `Executor` is the protocol of all of them.
 """
 
-from vsc_serve.executors.arrays import ArrayExecutor, ArrayRow
+from vsc_serve.executors.arrays import ArrayExecutor
 from vsc_serve.executors.choose import ExecutorOptions, open_executor
 from vsc_serve.executors.chunks import FIRST, ChunkSize
 from vsc_serve.executors.digests import save_digests
@@ -15,7 +15,6 @@ from vsc_serve.executors.threads import ThreadExecutor
 __all__ = [
     "FIRST",
     "ArrayExecutor",
-    "ArrayRow",
     "Chunk",
     "ChunkResult",
     "ChunkSize",

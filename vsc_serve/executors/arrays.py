@@ -1,8 +1,8 @@
-"""Rows of an array, encoded block by block in this process."""
+"""Rows of numpy files, encoded block by block in this process."""
 
 from collections.abc import Iterator
 from time import perf_counter
-from typing import Any, NamedTuple, Self, cast
+from typing import Any, Protocol, Self, cast
 
 import numpy as np
 from numpy.typing import NDArray
@@ -17,29 +17,26 @@ from vsc_serve.executors.task import (
     encode_fresh,
 )
 from vsc_serve.options import EncodeOptions
+from vsc_serve.sources import RowSource
 
 
-class ArrayRow(NamedTuple):
-    """A row of an array, as a source."""
+class Rows(Protocol):
+    """Rows that are read when they are wanted, such as an `ArraySet`."""
 
-    id: str
-    number: int
-
-    def read(self) -> bytes:
-        """Raise TypeError: a row is not an encoded image."""
-        raise TypeError("a row of an array has no encoded image")
+    def read(self, start: int, count: int) -> NDArray[Any]:
+        """Return rows in their own type. Raises InputError or SourceUnavailable."""
 
 
 class ArrayExecutor:
-    """Encodes the rows of an array with a model that uses all processors itself.
+    """Encodes rows with a model that uses all processors itself.
 
     Args:
         encoder: The model.
-        rows: Pixels or vectors; may be mapped from a file that is larger than memory.
+        rows: Pixels or vectors.
         options: How it encodes.
     """
 
-    def __init__(self, encoder: Encoder, rows: NDArray[Any], options: EncodeOptions) -> None:
+    def __init__(self, encoder: Encoder, rows: Rows, options: EncodeOptions) -> None:
         self.workers = 1
         self.started = 1
         self.kind = "loop"
@@ -61,12 +58,12 @@ class ArrayExecutor:
         return self._encoder.provenance(self._options)
 
     def run(self, chunks: Iterator[Chunk]) -> Iterator[ChunkResult]:
-        """Encode chunks of `ArrayRow`s. A row that is not finite is rejected.
+        """Encode chunks of `RowSource`s. A row that is not finite is rejected.
 
         Raises:
             InputError: Rows of another kind or shape than the model takes.
         """
-        none = self._encode(_as_the_model_takes(self._rows[:0])).rows
+        none = self._encode(_as_the_model_takes(self._rows.read(0, 0))).rows
         for chunk in chunks:
             began = perf_counter()
             block = self._block(chunk)
@@ -79,11 +76,11 @@ class ArrayExecutor:
         return self._encoder.encode_counted(rows, self._options)
 
     def _block(self, chunk: Chunk) -> NDArray[Any]:
-        """Copy the rows of a chunk, which mostly are consecutive."""
-        numbers = [cast("ArrayRow", source).number for source in chunk]
-        if numbers[-1] - numbers[0] == len(numbers) - 1:
-            return _as_the_model_takes(self._rows[numbers[0] : numbers[-1] + 1])
-        return _as_the_model_takes(self._rows[numbers])
+        """Copy the rows of a chunk: runs of consecutive ones, mostly a single run."""
+        numbers = np.array([cast("RowSource", source).row for source in chunk])
+        runs = np.split(numbers, np.flatnonzero(np.diff(numbers) != 1) + 1)
+        blocks = [self._rows.read(int(run[0]), len(run)) for run in runs]
+        return _as_the_model_takes(blocks[0] if len(blocks) == 1 else np.concatenate(blocks))
 
 
 def _as_the_model_takes(rows: NDArray[Any]) -> NDArray[Any]:

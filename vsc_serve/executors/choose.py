@@ -6,15 +6,16 @@ from dataclasses import dataclass
 
 from vsc_serve.bundle import Bundle
 from vsc_serve.cpus import usable_cpus
+from vsc_serve.cuda import cuda_count
 from vsc_serve.encoder import Encoder
-from vsc_serve.errors import DeviceError, UsageError
+from vsc_serve.errors import BundleError, DeviceError, UsageError
 from vsc_serve.executors.gpu import GpuExecutor, open_encoders, read_spec
 from vsc_serve.executors.processes import ProcessExecutor
 from vsc_serve.executors.protocol import Executor
 from vsc_serve.executors.read import EncodeSpec, EncodeWorker, ReadOptions
 from vsc_serve.executors.threads import ThreadExecutor
 from vsc_serve.options import PLAIN, EncodeOptions
-from vsc_serve.session import Device, cuda_count, cuda_is_there
+from vsc_serve.session import Device, cuda_is_there
 
 logger = logging.getLogger(__name__)
 
@@ -62,7 +63,7 @@ def open_executor(
     if how.device == "cuda" or (how.device == "auto" and cuda_is_there()):
         try:
             return _open_on_cuda(bundle, options, count, how.read)
-        except DeviceError as error:
+        except (DeviceError, BundleError) as error:  # none, or one that fails the probes
             if how.device == "cuda":
                 raise
             logger.warning("using the CPU: %s", error)
@@ -81,5 +82,5 @@ def _open_on_cuda(
     """Spawn processes that read for a model on every GPU."""
     device_count = max(cuda_count(), 1)  # without any, opening the model says what is missing
     encoders, provenance = open_encoders(bundle, options, "cuda", device_count)
-    spec = read_spec(bundle.manifest, device_count, read)
+    spec = read_spec(bundle.manifest, sum(map(len, encoders)), read)
     return GpuExecutor(spec, ProcessExecutor(spec, workers), encoders, provenance)

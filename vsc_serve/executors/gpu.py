@@ -8,22 +8,27 @@ from collections import deque
 from collections.abc import Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import ExitStack
+from itertools import zip_longest
+from threading import Lock
+from time import perf_counter
 from typing import Any, Final, Self
 
 import numpy as np
 from numpy.typing import NDArray
 
 from vsc_serve.bundle import Bundle, Manifest, image_spec
-from vsc_serve.compaction import COMPACT, DENSE, Compaction, EncodedBatch, is_plain
-from vsc_serve.encoder import BATCH_SIZE, Encoder
+from vsc_serve.compaction import COMPACT, DENSE, EncodedBatch, is_plain
+from vsc_serve.encoder import BATCH_SIZE, Encoder, check_probes
 from vsc_serve.executors.processes import TASKS_AHEAD, ProcessExecutor
 from vsc_serve.executors.read import ReadOptions, ReadSpec
 from vsc_serve.executors.task import Chunk, ChunkResult, Encode, encode_fresh
 from vsc_serve.options import EncodeOptions
-from vsc_serve.session import BoundSession, Device, open_session
+from vsc_serve.session import BoundSession, Device, open_graph
 
 _AHEAD: Final = 2
 """Chunks that wait before each model."""
+_LANES: Final = 2
+"""Threads a GPU, each with memory of its own: while one computes, another copies or compacts."""
 
 
 class GpuExecutor:
@@ -32,7 +37,7 @@ class GpuExecutor:
     Args:
         spec: Specification of the readers; see `read_spec`.
         readers: Processes that give pixels.
-        encoders: One for each device; each is called by one thread.
+        encoders: For each device one or more, called by a thread each.
         provenance: What codes come from.
     """
 
@@ -40,7 +45,7 @@ class GpuExecutor:
         self,
         spec: ReadSpec,
         readers: ProcessExecutor,
-        encoders: Sequence[Encode],
+        encoders: Sequence[Sequence[Encode]],
         provenance: dict[str, Any],
     ) -> None:
         self.workers = readers.workers
@@ -48,7 +53,10 @@ class GpuExecutor:
         self.largest_chunk = BATCH_SIZE
         self._readers = readers
         self._no_pixels = np.empty((0, *spec.spec.shape), np.uint8)
-        self._encoders = list(encoders)
+        self._clocks = [_BusyClock() for _ in encoders]
+        by_device = zip(self._clocks, encoders, strict=True)
+        lanes = zip_longest(*([(clock, one) for one in ones] for clock, ones in by_device))
+        self._lanes = [lane for turn in lanes for lane in turn if lane is not None]
         self._provenance = provenance
         self._stack = ExitStack()
 
@@ -56,7 +64,7 @@ class GpuExecutor:
         """Spawn the first reader, and a thread for each device."""
         self._stack.enter_context(self._readers)
         self._threads = [
-            self._stack.enter_context(ThreadPoolExecutor(1, "vsc-device")) for _ in self._encoders
+            self._stack.enter_context(ThreadPoolExecutor(1, "vsc-device")) for _ in self._lanes
         ]
         return self
 
@@ -68,6 +76,11 @@ class GpuExecutor:
     def started(self) -> int:
         """How many readers were spawned."""
         return self._readers.started
+
+    @property
+    def busy_s(self) -> list[float]:
+        """Seconds in which each device had work, copies and compaction included."""
+        return [clock.busy_s for clock in self._clocks]
 
     def expect(self, count: int) -> None:
         """Spawn the readers that so many sources need."""
@@ -81,29 +94,52 @@ class GpuExecutor:
         """Do the chunks; give their results in order. The devices take turns."""
         waiting: deque[Future[ChunkResult]] = deque()
         for turn, result in enumerate(self._readers.run(chunks)):
-            device = turn % len(self._encoders)
-            encode = self._encoders[device]
-            waiting.append(self._threads[device].submit(self._encode, encode, result))
-            if len(waiting) > _AHEAD * len(self._encoders):
+            lane = turn % len(self._lanes)
+            clock, encode = self._lanes[lane]
+            waiting.append(self._threads[lane].submit(self._encode, clock, encode, result))
+            if len(waiting) > _AHEAD * len(self._lanes):
                 yield waiting.popleft().result()
         while waiting:
             yield waiting.popleft().result()
 
-    def _encode(self, encode: Encode, result: ChunkResult) -> ChunkResult:
+    def _encode(self, clock: "_BusyClock", encode: Encode, result: ChunkResult) -> ChunkResult:
         """Encode the pixels of a result, and let go of their memory."""
         pixels = self._no_pixels if result.pixels is None else result.pixels
-        done = encode_fresh(result, pixels, encode)
+        with clock:
+            done = encode_fresh(result, pixels, encode)
         if result.release is not None:
             result.release()
         return done
 
 
+class _BusyClock:
+    """Adds up the time in which at least one thread is inside."""
+
+    def __init__(self) -> None:
+        self.busy_s = 0.0
+        self._lock = Lock()
+        self._inside = 0
+        self._since = 0.0
+
+    def __enter__(self) -> None:
+        with self._lock:
+            if not self._inside:
+                self._since = perf_counter()
+            self._inside += 1
+
+    def __exit__(self, *_: object) -> None:
+        with self._lock:
+            self._inside -= 1
+            if not self._inside:
+                self.busy_s += perf_counter() - self._since
+
+
 def read_spec(
     manifest: Manifest,
-    device_count: int,
+    lane_count: int,
     read: ReadOptions = ReadOptions(),  # noqa: B008  # frozen
 ) -> ReadSpec:
-    """Return the specification of reading processes.
+    """Return the specification of reading processes for so many threads that encode.
 
     Each has memory for what is before it, what may wait for a model, and one chunk more, so that
     there is always room for the chunk that everything else waits for.
@@ -111,7 +147,7 @@ def read_spec(
     return ReadSpec(
         spec=image_spec(manifest),
         latent_dim=manifest.latent_dim,
-        slot_count=TASKS_AHEAD + 2 + _AHEAD * device_count + 1,
+        slot_count=TASKS_AHEAD + 2 + _AHEAD * lane_count + 1,
         slot_rows=BATCH_SIZE,
         read=read,
     )
@@ -119,24 +155,30 @@ def read_spec(
 
 def open_encoders(
     bundle: Bundle, options: EncodeOptions, device: Device, device_count: int
-) -> tuple[list[Encode], dict[str, Any]]:
-    """Open a model on every GPU; the first is checked against the bundle's probes.
+) -> tuple[list[list[Encode]], dict[str, Any]]:
+    """Open a model on every GPU, and check each against the bundle's probes.
 
     With plain options and a bundle that has the graph for it, codes are compacted on the device.
 
     Returns:
-        What encodes, one for each device, and where codes come from.
+        What encodes, two or more for each device, and where codes come from.
 
     Raises:
-        VscError: See `Encoder.open`.
+        BundleError: A device does not give the codes of the probes.
+        DeviceError: The device or onnxruntime is not there.
     """
-    checked = Encoder.open(bundle.path, device=device)
     compaction = COMPACT if bundle.manifest.has_csr and is_plain(options) else DENSE
-    opened = [
-        encode_on(_open_bound(bundle, compaction, device, number), options)
-        for number in range(device_count)
-    ]
-    return opened, checked.provenance(options)
+    opened: list[list[Encode]] = []
+    for number in range(device_count):
+        session = open_graph(bundle, compaction.graph, device=device, device_id=number)
+        encoders = [
+            Encoder(BoundSession(session, BATCH_SIZE), bundle.manifest, compaction)
+            for _ in range(_LANES)
+        ]
+        for encoder in encoders:  # which also makes its memory and chooses its kernels
+            check_probes(encoder, bundle)
+        opened.append([encode_on(encoder, options) for encoder in encoders])
+    return opened, encoders[0].provenance(options)
 
 
 def encode_on(encoder: Encoder, options: EncodeOptions) -> Encode:
@@ -146,8 +188,3 @@ def encode_on(encoder: Encoder, options: EncodeOptions) -> Encode:
         return encoder.encode_counted(pixels, options)
 
     return encode
-
-
-def _open_bound(bundle: Bundle, compaction: Compaction, device: Device, number: int) -> Encoder:
-    session = open_session(bundle.path / compaction.graph, device=device, device_id=number)
-    return Encoder(BoundSession(session, BATCH_SIZE), bundle.manifest, compaction)

@@ -27,7 +27,7 @@ from vsc_serve.executors.task import (
 )
 from vsc_serve.images import MAX_PIXELS, PixelSpec, read_pixels
 from vsc_serve.options import EncodeOptions
-from vsc_serve.sources import FileSource, Source
+from vsc_serve.sources import FileSource, RowSource, Source
 from vsc_serve.sources.base import read_with_status
 
 Beat = Callable[[int], None]
@@ -300,10 +300,11 @@ class ReadImages:
 def file_signature(source: Source) -> str:
     """Return what changes when a source does: size and time of the file that it is, or lies in.
 
-    Sources that are no files on this machine are taken as unchanged while they keep their name.
+    Sources that are no files on this machine are taken as unchanged while they keep their name;
+    for rows of arrays, the identity of the job has the signature of all files.
     """
     path = getattr(source, "path", None)
-    if path is None:
+    if path is None or isinstance(source, RowSource):
         return ""
     try:
         return _signature(os.stat(path))  # noqa: PTH116  # a Path costs more than the call

@@ -5,11 +5,10 @@ from vsc_serve.images.decode import (
     MAX_PIXELS,
     BadImage,
     decode_pixels,
-    is_heif,
-    open_image,
     read_images,
     read_pixels,
 )
+from vsc_serve.images.opening import is_heif, open_image
 from vsc_serve.images.preprocess import Fit, PixelSpec, fit_pixels, to_pixels
 
 __all__ = [

@@ -1,72 +1,44 @@
-"""Turn encoded pictures into pixels; what cannot be read becomes a reason, never a shifted row."""
+"""Turn encoded images into pixels; what cannot be read becomes a reason, never a shifted row."""
 
 import struct
-import warnings
 import zlib
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass
-from functools import cache
-from io import BytesIO
 from pathlib import Path
-from typing import Final
+from typing import Any, Final
 
 import numpy as np
 from numpy.typing import NDArray
-from PIL import Image, UnidentifiedImageError
+from PIL import Image
+from PIL.ImageFile import ImageFile
 
-from vsc_serve.errors import InputError
-from vsc_serve.images.jpeg import decode_jpeg, read_plain_header
-from vsc_serve.images.png import read_exact_png, read_plain_png
-from vsc_serve.images.preprocess import (
-    PixelSpec,
-    fit_pixels,
-    is_jpeg,
-    jpeg_scale,
-    read_orientation,
-    to_pixels,
-    turn_upright,
-)
+from vsc_serve.errors import InputError, Kind
+from vsc_serve.images import gif, webp
+from vsc_serve.images.compositing import whiten_outside, without_clear_alpha
+from vsc_serve.images.jpeg import PILLOWS_MODES, check_with_pillow, decode_jpeg
+from vsc_serve.images.jpeg_header import Header, read_header
+from vsc_serve.images.jpeg_scans import without_metadata
+from vsc_serve.images.opening import describe_error, find_format, open_image
+from vsc_serve.images.orientation import find_orientation, read_orientation, turn_upright
+from vsc_serve.images.png import copy_pixels, paint_colour_key, read_plain_png, read_rotation
+from vsc_serve.images.preprocess import PixelSpec, fit_pixels, jpeg_scale, to_pixels
 from vsc_serve.sources import Source, read_file
 
 MAX_PIXELS: Final = 89_478_485
-"""Largest picture that is decoded, in pixels (256 MiB of RGB): what Pillow warns about."""
-
-# Pillow only warns up to twice this size, and warnings cannot be caught per thread. As an error it
-# reaches `read_pixels` below, which turns it into the reason for this one file.
-warnings.filterwarnings("ignore", category=UserWarning, module=r"PIL\.")  # odd metadata
-warnings.simplefilter("error", Image.DecompressionBombWarning)
-
-# Others stay shut: Pillow would hand an EPS file, which is a program, to Ghostscript, and rarely
-# used decoders are where bugs lie. The frequent ones first.
-_FORMATS: Final = (
-    *("JPEG", "PNG", "GIF", "BMP", "PPM"),
-    *("WEBP", "TIFF", "AVIF", "JPEG2000", "DIB", "TGA"),
-)
-
-_HEIF_BRANDS: Final = frozenset(
-    {b"heic", b"heix", b"hevc", b"hevx", b"heim", b"heis", b"hevm", b"hevs"}
-)
-"""What the first box of a HEIF file is called when HEVC is inside; AVIF has names of its own."""
-
+"""Largest image that is decoded, in pixels: 341 MiB where Pillow keeps it, four bytes each."""
+_PIXEL_BYTES: Final = 4
 _TILE_TAGS: Final = (322, 323)
 """TIFF tags for the width and the height of a tile."""
-
-_SIGNATURES: Final = {
-    b"\xff\xd8\xff": "a JPEG",
-    b"\x89PNG\r\n\x1a\n": "a PNG",
-    b"GIF87a": "a GIF",
-    b"GIF89a": "a GIF",
-    b"RIFF": "a WebP",
-    b"II*\0": "a TIFF",
-    b"MM\0*": "a TIFF",
-}
+_JPEG_START: Final = b"\xff\xd8\xff"
 
 DECODE_ERRORS: Final = (
     *(OSError, SyntaxError, ValueError, EOFError, IndexError, OverflowError, TypeError, KeyError),
     *(RuntimeError, AttributeError, ZeroDivisionError, MemoryError, struct.error, zlib.error),
     AssertionError,
 )
-"""What Pillow's decoders raise on broken pictures."""
+"""What Pillow's decoders raise on broken images."""
+_OVER_PILLOWS_LIMIT: Final = (Image.DecompressionBombError, Image.DecompressionBombWarning)
+"""What a release of Pillow may raise that checks sizes where this one does not."""
 
 
 @dataclass(frozen=True)
@@ -75,178 +47,203 @@ class BadImage:
 
     id: str
     reason: str
+    kind: Kind = "unusable"
+    """Kind of the fault."""
 
 
 def read_pixels(
-    picture: Path | bytes, spec: PixelSpec, *, max_pixels: int = MAX_PIXELS
+    image: Path | bytes, spec: PixelSpec, *, max_pixels: int = MAX_PIXELS
 ) -> NDArray[np.uint8]:
-    """Read one picture from a file or from its encoded bytes.
+    """Read one image from a file or from its encoded bytes.
 
     Args:
-        picture: Path of the file, or the bytes of an encoded picture.
+        image: Path of the file, or the bytes of an encoded image.
         spec: What the model wants.
-        max_pixels: Refuse a picture with more pixels than this, before decoding it.
+        max_pixels: Refuse an image of which more pixels than this must be decoded, before that is
+            done. A JPEG may be larger: it is decoded at a reduced scale.
 
     Returns:
         Pixels, uint8, shape (height, width, channels).
 
     Raises:
-        InputError: The picture cannot be used; the message is the reason, without the path.
+        InputError: The image cannot be used; the message is the reason, without the path.
     """
-    content = picture if isinstance(picture, bytes) else read_file(str(picture))
-    plain = _read_plain(content, spec, max_pixels)
+    content = image if isinstance(image, bytes) else read_file(str(image))
+    plain = read_plain_png(content, max_pixels)
     if plain is not None:
-        return plain
-    with _open_or_refuse(content) as image:
-        _check_size(image, max_pixels)
-        fast = None
-        if is_jpeg(image):
-            fast = _decode_fast(content, image.mode, image.size, read_orientation(image), spec)
-        return decode_pixels(image, spec, max_pixels=max_pixels) if fast is None else fast
-
-
-def _read_plain(content: bytes, spec: PixelSpec, max_pixels: int) -> NDArray[np.uint8] | None:
-    """Read the frequent simple files without Pillow's parsers; None for everything else."""
-    exact = read_exact_png(content, (spec.width, spec.height), _mode(spec))
-    if exact is not None and spec.width * spec.height <= max_pixels:
-        return np.frombuffer(exact, np.uint8).reshape(spec.shape)
-    png = read_plain_png(content, max_pixels)
-    if png is not None:
-        return fit_pixels(png, spec)
-    header = read_plain_header(content)
-    if header is None or not 0 < header.size[0] * header.size[1] <= max_pixels:
-        return None
-    return _decode_fast(content, header.mode, header.size, 1, spec)
-
-
-def _mode(spec: PixelSpec) -> str:
-    return "L" if spec.channels == 1 else "RGB"
-
-
-def _open_or_refuse(content: bytes) -> Image.Image:
+        is_fitting = plain.size == (spec.width, spec.height) and plain.mode == spec.mode
+        return copy_pixels(plain) if is_fitting else fit_pixels(plain, spec)
     try:
-        return open_image(content)
-    except UnidentifiedImageError as error:
-        raise InputError(_why_unidentified(content)) from error
-    except (Image.DecompressionBombError, Image.DecompressionBombWarning) as error:
-        raise InputError(f"too large: {error}") from error
+        if content.startswith(_JPEG_START):
+            return _read_jpeg(content, spec, max_pixels)
+        return _read_other(content, spec, max_pixels)
+    except _OVER_PILLOWS_LIMIT as error:
+        raise InputError(f"too large: {error}", kind="too large") from error
     except DECODE_ERRORS as error:
-        raise InputError(_why_broken(error)) from error
+        raise InputError(f"broken image: {describe_error(error)}", kind="broken") from error
 
 
-def _decode_fast(
-    content: bytes, mode: str, size: tuple[int, int], orientation: int, spec: PixelSpec
-) -> NDArray[np.uint8] | None:
-    """Decode with simplejpeg what it decodes like Pillow; None for everything else."""
-    scale = jpeg_scale(size, orientation, spec)
-    decoded = decode_jpeg(content, mode, size, scale)
-    if decoded is None or (orientation == 1 and decoded.shape == spec.shape):
-        return decoded
-    image = Image.fromarray(decoded[..., 0] if mode == "L" else decoded)
-    return fit_pixels(turn_upright(image, orientation), spec)
+def _read_jpeg(content: bytes, spec: PixelSpec, max_pixels: int) -> NDArray[np.uint8]:
+    header = read_header(content)
+    if header is None:
+        return _read_other(content, spec, max_pixels)
+    scale = 1 if header.is_lossless else jpeg_scale(header.size, header.orientation, spec)
+    _check_jpeg_size(header, scale, max_pixels)
+    pixels = decode_jpeg(content, header, scale)
+    if pixels is None:
+        image = _decode_with_pillow(content, header, scale)
+    elif pixels.shape == spec.shape and header.orientation == 1:
+        return pixels
+    else:
+        image = Image.frombytes(
+            PILLOWS_MODES[pixels.shape[2]], pixels.shape[1::-1], pixels.tobytes()
+        )
+    return fit_pixels(turn_upright(image, header.orientation), spec)
+
+
+def _decode_with_pillow(content: bytes, header: Header, scale: int) -> Image.Image:
+    """Decode a JPEG of a kind that simplejpeg does not decode, or not to this size."""
+    cleaned = without_metadata(content, header)
+    with open_image(cleaned) as image:
+        image.draft(None, (header.size[0] // scale, header.size[1] // scale))
+        image.load()
+    check_with_pillow(cleaned)
+    return image
+
+
+def _check_jpeg_size(header: Header, scale: int, max_pixels: int) -> None:
+    """Refuse a JPEG by the memory that decoding takes."""
+    width, height = header.size
+    if -(-width // scale) * -(-height // scale) > max_pixels:
+        reduced = f" (of which 1/{scale} is decoded)" if scale > 1 else ""
+        raise _too_large(header.size, max_pixels, reduced)
+    if not header.has_one_scan and header.coefficient_bytes > max_pixels * _PIXEL_BYTES:
+        raise _too_large(header.size, max_pixels, ", in several scans and kept whole in memory,")
+
+
+def _read_other(content: bytes, spec: PixelSpec, max_pixels: int) -> NDArray[np.uint8]:
+    if find_format(content) == "WEBP":  # Pillow takes memory for it when it is opened
+        _refuse_over(webp.canvas_size(content) or (0, 0), max_pixels, "")
+    with open_image(content) as image:
+        _refuse_over(image.size, max_pixels, "")
+        _refuse_over(_tile_size(image), max_pixels, " in one tile")
+        shown = _SHOW.get(image.format or "", _load)(image, content)
+        turn = read_orientation(image)
+    if image.format == "PNG":
+        turn = find_orientation(*read_rotation(content))
+    return fit_pixels(turn_upright(shown, turn), spec)
+
+
+def _tile_size(image: ImageFile) -> tuple[int, int]:
+    """Return width and height of the tiles of a TIFF, (1, 1) where it has none."""
+    tags = getattr(image, "tag_v2", {})
+    width, height = (tags.get(tag, 1) for tag in _TILE_TAGS)
+    return (width, height) if isinstance(width, int) and isinstance(height, int) else (1, 1)
+
+
+def _load(image: ImageFile, content: bytes) -> Image.Image:
+    image.load()
+    return image
+
+
+def _load_png(image: ImageFile, content: bytes) -> Image.Image:
+    return paint_colour_key(_load(image, content), content)
+
+
+def _load_gif(image: ImageFile, content: bytes) -> Image.Image:
+    box = gif.find_first_frame(content)
+    loaded = _load(image, content)
+    return loaded if box is None else whiten_outside(loaded, box)
+
+
+def _load_webp(image: ImageFile, content: bytes) -> Image.Image:
+    box = webp.find_first_frame(content)
+    loaded = _load(image, content)
+    return loaded if box is None else whiten_outside(loaded, box)
+
+
+def _load_tiff(image: Any, content: bytes) -> Image.Image:
+    from vsc_serve.images.tiff import load_tiff  # slow to import, and rarely needed
+
+    return load_tiff(image)
+
+
+def _load_bitmap(image: ImageFile, content: bytes) -> Image.Image:
+    return without_clear_alpha(_load(image, content))
+
+
+_SHOW: Final[dict[str, Callable[[Any, bytes], Image.Image]]] = {
+    "PNG": _load_png,
+    "GIF": _load_gif,
+    "WEBP": _load_webp,
+    "TIFF": _load_tiff,
+    "BMP": _load_bitmap,
+    "DIB": _load_bitmap,
+    "TGA": _load_bitmap,
+}
+"""How an opened image becomes what a viewer shows, where loading it is not enough."""
 
 
 def decode_pixels(
     image: Image.Image, spec: PixelSpec, *, max_pixels: int = MAX_PIXELS
 ) -> NDArray[np.uint8]:
-    """Decode an opened picture: `to_pixels` with every failure as an InputError.
+    """Decode an opened image, like its file where it has not been loaded yet.
 
     Args:
-        image: Picture as `PIL.Image.open` returns it.
+        image: Image as `PIL.Image.open` returns it, or one that is in memory.
         spec: What the model wants.
-        max_pixels: Refuse a picture with more pixels than this, before decoding it.
+        max_pixels: As for `read_pixels`.
 
     Returns:
         Pixels, uint8, shape (height, width, channels).
 
     Raises:
-        InputError: The picture cannot be used; the message is the reason.
+        InputError: The image cannot be used; the message is the reason.
     """
-    _check_size(image, max_pixels)
     try:
+        content = _encoded(image)
+        if content is not None:
+            return read_pixels(content, spec, max_pixels=max_pixels)
+        _refuse_over(image.size, max_pixels, "")
         return to_pixels(image, spec)
-    except (Image.DecompressionBombError, Image.DecompressionBombWarning) as error:
-        raise InputError(f"too large: {error}") from error
+    except _OVER_PILLOWS_LIMIT as error:
+        raise InputError(f"too large: {error}", kind="too large") from error
     except DECODE_ERRORS as error:
-        raise InputError(_why_broken(error)) from error
+        raise InputError(f"broken image: {describe_error(error)}", kind="broken") from error
 
 
-def open_image(content: bytes) -> Image.Image:
-    """Open an encoded picture without decoding it.
-
-    Raises:
-        InputError: It is a HEIF file and the package that reads them is not installed.
-        Exception: What `PIL.Image.open` raises.
-    """
-    formats: tuple[str, ...] = _FORMATS
-    if is_heif(content):
-        _register_heif()
-        formats = ("HEIF",)
-    Image.preinit()  # the first formats of the list, so that Pillow loads the others when needed
-    return Image.open(BytesIO(content), formats=formats)
-
-
-def is_heif(content: bytes) -> bool:
-    """Tell whether the first box of a file says HEIF, as phones write it."""
-    if content[4:8] != b"ftyp":
-        return False
-    box = content[8 : min(int.from_bytes(content[:4]), 256)]
-    brands = {box[start : start + 4] for start in range(0, len(box), 4)}
-    return not brands.isdisjoint(_HEIF_BRANDS)
-
-
-@cache
-def _register_heif() -> None:
-    """Make Pillow read HEIF, once in a process."""
-    try:
-        from pillow_heif import register_heif_opener
-    except ImportError:
-        raise InputError(
-            "HEIF picture, which needs pillow-heif: pip install 'vsc-serve[heif]'"
-        ) from None
-    register_heif_opener()
-
-
-def _check_size(image: Image.Image, max_pixels: int) -> None:
-    """Refuse a picture by what its header says it unpacks to."""
-    _refuse_over(image.size, max_pixels, "")
-    tile = [getattr(image, "tag_v2", {}).get(tag, 1) for tag in _TILE_TAGS]
-    if all(isinstance(side, int) for side in tile):
-        _refuse_over((tile[0], tile[1]), max_pixels, " in one tile")
+def _encoded(image: Image.Image) -> bytes | None:
+    """Return the file behind an opened image; None where it is loaded or another frame chosen."""
+    if not isinstance(image, ImageFile) or image.fp is None or not image.tile or image.tell():
+        return None
+    place = image.fp.tell()
+    image.fp.seek(0)
+    content = image.fp.read()
+    image.fp.seek(place)
+    return content
 
 
 def _refuse_over(size: tuple[int, int], max_pixels: int, where: str) -> None:
     if size[0] * size[1] > max_pixels:
-        raise InputError(
-            f"too large: {size[0]}x{size[1]}{where} is over the limit of {max_pixels:,} pixels"
-        )
+        raise _too_large(size, max_pixels, where)
 
 
-def _why_broken(error: Exception) -> str:
-    """Say what a decoder stumbled over."""
-    text = " ".join(str(error).split())
-    return f"broken image: {text or type(error).__name__}"
-
-
-def _why_unidentified(content: bytes) -> str:
-    """Say what a file that no decoder takes looks like."""
-    if not content:
-        return "empty file (0 bytes)"
-    for start, name in _SIGNATURES.items():
-        if content.startswith(start):
-            return f"broken image: {name} whose header is damaged or cut off"
-    return f"not an image, or cut off: begins with {content[:8]!r}"
+def _too_large(size: tuple[int, int], max_pixels: int, where: str) -> InputError:
+    return InputError(
+        f"too large: {size[0]}x{size[1]}{where} is over the limit of {max_pixels:,} pixels",
+        kind="too large",
+    )
 
 
 def read_images(
     sources: Iterable[Source], spec: PixelSpec, *, max_pixels: int = MAX_PIXELS
 ) -> tuple[NDArray[np.uint8], list[str], list[BadImage]]:
-    """Read many pictures; the ones that cannot be read are left out and listed.
+    """Read many images; the ones that cannot be read are left out and listed.
 
     Args:
         sources: What to read.
         spec: What the model wants.
-        max_pixels: Refuse larger pictures.
+        max_pixels: As for `read_pixels`.
 
     Returns:
         Pixels (images, height, width, channels) with the ids of their rows, and the files left out.
@@ -258,7 +255,7 @@ def read_images(
         try:
             rows.append(read_pixels(source.read(), spec, max_pixels=max_pixels))
         except InputError as error:
-            bad.append(BadImage(source.id, str(error)))
+            bad.append(BadImage(source.id, str(error), error.kind))
         else:
             ids.append(source.id)
     pixels = np.stack(rows) if rows else np.empty((0, *spec.shape), np.uint8)

@@ -1,11 +1,10 @@
-"""From an opened picture to the pixels a model sees.
+"""From an opened image to the pixels a model sees.
 
-Training, the command line, the service and the tests all call `to_pixels`, so a picture cannot be
+Training, the command line, the service and the tests all call `to_pixels`, so a image cannot be
 resized one way in training and another way in production. Nothing here opens a file (see `images`),
 and nothing here scales pixel values (normalisation is inside the ONNX graph).
 """
 
-import struct
 from dataclasses import asdict, dataclass, fields
 from typing import Any, Final, Literal
 
@@ -14,33 +13,19 @@ from numpy.typing import NDArray
 from PIL import Image
 
 from vsc_serve.errors import InputError
+from vsc_serve.images.compositing import composite_onto_white
+from vsc_serve.images.orientation import TRANSPOSED, read_orientation, turn_upright
 
 Fit = Literal["crop", "stretch"]
 
 _FITS: Final = ("crop", "stretch")
-_ORIENTATION_TAG: Final = 0x0112
-_TRANSPOSED_ORIENTATIONS: Final = (5, 6, 7, 8)
-_TURNS: Final = {
-    2: Image.Transpose.FLIP_LEFT_RIGHT,
-    3: Image.Transpose.ROTATE_180,
-    4: Image.Transpose.FLIP_TOP_BOTTOM,
-    5: Image.Transpose.TRANSPOSE,
-    6: Image.Transpose.ROTATE_270,
-    7: Image.Transpose.TRANSVERSE,
-    8: Image.Transpose.ROTATE_90,
-}
-_EXIF_ERRORS: Final = (
-    *(SyntaxError, ValueError, KeyError, IndexError, TypeError, AttributeError, EOFError),
-    *(OverflowError, struct.error, OSError, AssertionError),
-)
-"""What Pillow raises on EXIF data that make no sense."""
 _JPEG_FORMATS: Final = ("JPEG", "MPO")
 _UNBOUNDED_MODES: Final = ("I", "F")
 
 
 @dataclass(frozen=True, kw_only=True)
 class PixelSpec:
-    """What a picture is turned into before a model sees it."""
+    """What a image is turned into before a model sees it."""
 
     height: int
     """Rows of pixels."""
@@ -64,6 +49,11 @@ class PixelSpec:
         """Shape of one image: (height, width, channels)."""
         return (self.height, self.width, self.channels)
 
+    @property
+    def mode(self) -> str:
+        """Colour mode as Pillow names it."""
+        return "L" if self.channels == 1 else "RGB"
+
     def to_json(self) -> dict[str, Any]:
         """Return the fields as a JSON object, with the fixed parts of the rule spelled out."""
         return asdict(self) | {"resample": "bilinear-antialias", "background": "white"}
@@ -79,15 +69,18 @@ class PixelSpec:
 
 
 def to_pixels(image: Image.Image, spec: PixelSpec) -> NDArray[np.uint8]:
-    """Turn an opened picture into the pixels a model sees.
+    """Turn an image of Pillow's into the pixels a model sees.
 
     In this order: JPEG is decoded at a reduced scale that still has at least twice the target size
-    in each direction; EXIF rotation is applied; transparency is laid over white; the colour mode is
-    converted; the picture is cropped or stretched and resized with an antialiased bilinear filter.
-    Of an animation the first frame counts, of 16-bit grey the upper eight bits.
+    in each direction; EXIF rotation is undone; transparency is composited onto white; the colour
+    mode is converted; the image is cropped or stretched and resized with an antialiased bilinear
+    filter. Of an animation the first frame counts, of 16-bit grey the upper eight bits.
+
+    A file is better given to `read_pixels`, which does the same and knows what Pillow does not say
+    of a file.
 
     Args:
-        image: Picture as `PIL.Image.open` returns it; its pixels may not have been decoded yet.
+        image: Image as `PIL.Image.open` returns it; its pixels may not have been decoded yet.
         spec: What the model wants.
 
     Returns:
@@ -95,29 +88,13 @@ def to_pixels(image: Image.Image, spec: PixelSpec) -> NDArray[np.uint8]:
 
     Raises:
         InputError: The colour mode has no defined range of values.
-        OSError: The picture is truncated or broken (raised by Pillow while decoding).
+        OSError: The image is truncated or broken (raised by Pillow while decoding).
     """
-    if not is_jpeg(image):
-        image.load()  # before the rotation is asked for: Pillow turns a TIFF while it is loaded
-    orientation = read_orientation(image)
-    if is_jpeg(image):
-        scale = jpeg_scale(image.size, orientation, spec)
+    if image.format in _JPEG_FORMATS:
+        scale = jpeg_scale(image.size, read_orientation(image), spec)
         image.draft(None, (image.width // scale, image.height // scale))
-    return fit_pixels(turn_upright(image, orientation), spec)
-
-
-def is_jpeg(image: Image.Image) -> bool:
-    """Tell whether an opened picture is a JPEG, which can be decoded at a reduced scale."""
-    return image.format in _JPEG_FORMATS
-
-
-def read_orientation(image: Image.Image) -> int:
-    """Return how a picture is turned, 1 to 8 as EXIF numbers it; 1 where it does not say."""
-    try:
-        orientation = image.getexif().get(_ORIENTATION_TAG, 1)
-    except _EXIF_ERRORS:
-        return 1
-    return orientation if orientation in _TURNS else 1
+    image.load()  # before the rotation is asked for: a PNG may note it at its end
+    return fit_pixels(turn_upright(image, read_orientation(image)), spec)
 
 
 def jpeg_scale(size: tuple[int, int], orientation: int, spec: PixelSpec) -> int:
@@ -128,30 +105,24 @@ def jpeg_scale(size: tuple[int, int], orientation: int, spec: PixelSpec) -> int:
         orientation: How the file is turned.
         spec: What is wanted; twice its sides remain at least.
     """
-    is_transposed = orientation in _TRANSPOSED_ORIENTATIONS
+    is_transposed = orientation in TRANSPOSED
     target = (spec.height, spec.width) if is_transposed else (spec.width, spec.height)
     largest = min(size[0] // (2 * target[0]), size[1] // (2 * target[1]))
     return next((scale for scale in (8, 4, 2) if scale <= largest), 1)
 
 
-def turn_upright(image: Image.Image, orientation: int) -> Image.Image:
-    """Undo the rotation that the camera noted."""
-    turn = _TURNS.get(orientation)
-    return image if turn is None else image.transpose(turn)
-
-
 def fit_pixels(image: Image.Image, spec: PixelSpec) -> NDArray[np.uint8]:
-    """Convert, crop and resize an upright picture: the part of `to_pixels` after the decoding.
+    """Convert, crop and resize an upright image: the part of `to_pixels` after the decoding.
 
     Args:
-        image: Decoded, upright picture.
+        image: Decoded, upright image.
         spec: What the model wants.
 
     Returns:
         Pixels, uint8, shape (height, width, channels).
     """
     size = (spec.width, spec.height)
-    image = _to_mode(image, "L" if spec.channels == 1 else "RGB")
+    image = _to_mode(image, spec.mode)
     if image.size != size:
         box = _crop_box(image.size, size) if spec.fit == "crop" else None
         image = image.resize(size, Image.Resampling.BILINEAR, box=box)
@@ -159,21 +130,24 @@ def fit_pixels(image: Image.Image, spec: PixelSpec) -> NDArray[np.uint8]:
 
 
 def _to_mode(image: Image.Image, mode: str) -> Image.Image:
-    """Convert to `L` or `RGB`: transparency over white, 16-bit grey by its upper byte."""
+    """Convert to `L` or `RGB`: transparency onto white, 16-bit grey by its upper byte."""
+    if image.mode == mode and "transparency" not in image.info:
+        return image
     if image.mode.startswith("I;16") or _is_16_bit_pnm(image):
         image = _upper_byte(image)
     if image.mode in _UNBOUNDED_MODES:
         raise InputError(
-            f"mode {image.mode} (32 bits a pixel) has no defined range; save as 8-bit or 16-bit PNG"
+            f"mode {image.mode} (32 bits a pixel) has no defined range;"
+            " save as 8-bit or 16-bit PNG",
+            kind="unsupported",
         )
     if image.mode == "LAB":
-        raise InputError("mode LAB is not read; save as RGB")
+        raise InputError("mode LAB is not read; save as RGB", kind="unsupported")
     if image.mode == "P" and image.palette is None:
-        raise InputError("broken image: its colours are in a palette that is missing")
-    if image.has_transparency_data:
-        image = image.convert("RGBA")
-        white = Image.new("RGBA", image.size, (255, 255, 255, 255))
-        image = Image.alpha_composite(white, image)
+        raise InputError(
+            "broken image: its colours are in a palette that is missing", kind="broken"
+        )
+    image = composite_onto_white(image)
     return image if image.mode == mode else image.convert(mode)
 
 
@@ -189,7 +163,7 @@ def _upper_byte(image: Image.Image) -> Image.Image:
 def _crop_box(size: tuple[int, int], target: tuple[int, int]) -> tuple[float, float, float, float]:
     """Return the largest centred box with the shape of `target`: (left, top, right, bottom)."""
     scale = min(size[0] / target[0], size[1] / target[1])
-    # Rounding may take the product just over the picture's size, where Pillow refuses the box.
+    # Rounding may take the product just over the image's size, where Pillow refuses the box.
     width, height = min(target[0] * scale, size[0]), min(target[1] * scale, size[1])
     left, top = (size[0] - width) / 2, (size[1] - height) / 2
     return (left, top, left + width, top + height)

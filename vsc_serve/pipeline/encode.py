@@ -4,20 +4,18 @@ from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager, ExitStack
 from dataclasses import replace
 from itertools import chain, islice
-from pathlib import Path
 from typing import Any, Final, NamedTuple
 
 from vsc_serve.bundle import Bundle, open_bundle
 from vsc_serve.console import Progress
 from vsc_serve.encoder import Encoder
 from vsc_serve.errors import UsageError
-from vsc_serve.executors import FIRST, ArrayExecutor, ArrayRow, Executor, open_executor
+from vsc_serve.executors import FIRST, ArrayExecutor, Executor, open_executor
 from vsc_serve.pipeline.job import STDIN, Job, Scan
 from vsc_serve.pipeline.run import Convert, Outcome, Say, count_finished, run_job
 from vsc_serve.pipeline.shards import ShardStore
 from vsc_serve.pipeline.update import PreviousCodes, open_previous
-from vsc_serve.sources import Source, find_sources
-from vsc_serve.sources.arrays import read_rows
+from vsc_serve.sources import Source, find_sources, open_arrays
 
 _DIGESTS: Final = "digests.npy"
 
@@ -59,9 +57,9 @@ def encode_to_file(job: Job, *, say: Say, show: Show, convert: Convert | None = 
     bundle = open_bundle(job.model)
     store, scan = ShardStore(job.out), Scan()
     with ExitStack() as stack:
-        executor, sources = _open_inputs(job, bundle, scan, store)
+        job, executor, sources = _open_inputs(job, bundle, scan, store)
         stack.enter_context(executor)
-        chosen = scan.counted(_take_share(job, sources))
+        chosen = scan.counted(sources)
         first = list(islice(chosen, FIRST * executor.workers))
         executor.expect(len(first))
         meta = executor.provenance()
@@ -88,17 +86,23 @@ def plan(job: Job) -> Plan:
     """Find out what a job would do, and write nothing."""
     bundle = open_bundle(job.model)
     store, scan = ShardStore(job.out), Scan()
-    executor, sources = _open_inputs(job, bundle, scan, store)
-    chosen = scan.counted(_take_share(job, sources))
-    finished = count_finished(store, job.identity(), chosen, job.shard_rows)
+    job, executor, sources = _open_inputs(job, bundle, scan, store)
+    finished = count_finished(store, job.identity(), scan.counted(sources), job.shard_rows)
     return Plan(scan, finished, executor)
 
 
-def _open_inputs(
-    job: Job, bundle: Bundle, scan: Scan, store: ShardStore
-) -> tuple[Executor, Iterator[Source]]:
+class _Opened(NamedTuple):
+    """A job whose inputs were found."""
+
+    job: Job
+    executor: Executor
+    sources: Iterator[Source]
+    """Those of its share, once."""
+
+
+def _open_inputs(job: Job, bundle: Bundle, scan: Scan, store: ShardStore) -> _Opened:
     if job.is_array:
-        return _open_array(job)
+        return _open_arrays(job, scan)
     read = replace(
         job.executor.read,
         keeps_digests=job.is_update,
@@ -106,41 +110,33 @@ def _open_inputs(
     )
     executor = open_executor(bundle, job.options, replace(job.executor, read=read))
     found = find_sources(job.inputs, exclude=job.exclude, ids=job.ids, on_skip=scan.skip)
-    return executor, found
+    if job.share == (1, 1):
+        return _Opened(job, executor, found)
+    if STDIN in job.inputs:
+        listed = list(found)
+        return _Opened(job, executor, _take_share(job, iter(listed), len(listed)))
+    total = sum(1 for _ in found)
+    again = find_sources(job.inputs, exclude=job.exclude, ids=job.ids)
+    return _Opened(job, executor, _take_share(job, again, total))
 
 
-def _open_array(job: Job) -> tuple[Executor, Iterator[Source]]:
-    """Open one numpy file. Its rows have numbers for ids, so it cannot join other inputs."""
-    path = Path(job.inputs[0])
-    if len(job.inputs) > 1:
-        raise UsageError("an .npy or .npz file is encoded by itself: give no other input with it")
-    if not path.is_file():
-        raise UsageError(f"{path}: no such file. Check the path.")
+def _open_arrays(job: Job, scan: Scan) -> _Opened:
     if job.is_update:
-        raise UsageError(f"{path}: --update compares files; encode an array without it")
-    array = read_rows(path)
-    if not array.ids:
-        raise UsageError(f"{path}: holds no rows. Nothing was written.")
+        raise UsageError("--update compares files of images; encode arrays without it")
+    arrays = open_arrays(job.inputs, exclude=job.exclude, ids=job.ids, on_skip=scan.skip)
     encoder = Encoder.open(job.model, device=job.executor.device)
-    rows = (ArrayRow(name, number) for number, name in enumerate(array.ids))
-    return ArrayExecutor(encoder, array.rows, job.options), rows
+    executor = ArrayExecutor(encoder, arrays, job.options)
+    sources = _take_share(job, arrays.sources(), arrays.row_count)
+    return _Opened(replace(job, arrays_signature=arrays.signature()), executor, sources)
 
 
-def _take_share(job: Job, sources: Iterator[Source]) -> Iterator[Source]:
+def _take_share(job: Job, sources: Iterator[Source], total: int) -> Iterator[Source]:
     """Return the sources of one machine of several: a run of consecutive ones, the same always."""
     number, count = job.share
-    if count == 1:
-        return sources
-    if job.is_array or STDIN in job.inputs:
-        listed = list(sources)
-        total, again = len(listed), iter(listed)
-    else:
-        total = sum(1 for _ in sources)
-        again = find_sources(job.inputs, exclude=job.exclude, ids=job.ids)
     start, stop = total * (number - 1) // count, total * number // count
     if start == stop:
-        raise UsageError(f"--shard {number}/{count}: {total} images leave nothing for this share")
-    return islice(again, start, stop)
+        raise UsageError(f"--shard {number}/{count}: {total} inputs leave nothing for this share")
+    return islice(sources, start, stop)
 
 
 def _open_previous(

@@ -3,6 +3,7 @@
 from collections import Counter
 from collections.abc import Iterator
 from dataclasses import asdict, dataclass, field
+from functools import cached_property
 from pathlib import Path
 from typing import Any, Final, Literal
 
@@ -13,9 +14,8 @@ from vsc_serve.executors import ExecutorOptions, file_signature
 from vsc_serve.options import PLAIN, EncodeOptions
 from vsc_serve.outputs import Kind, check_output
 from vsc_serve.pipeline.shards import SHARD_ROWS
-from vsc_serve.sources import FileSource, Ids, Source
-from vsc_serve.sources.arrays import SUFFIXES
-from vsc_serve.sources.places import is_url, local_path
+from vsc_serve.sources import FileSource, Ids, Source, holds_arrays
+from vsc_serve.sources.stores import is_url, local_path
 
 FILE_SUFFIXES: Final = (".npz", ".parquet")
 """Extensions of outputs that are one file."""
@@ -31,7 +31,7 @@ class Job:
     """What to encode, how, and where to. Raises UsageError for what makes no sense."""
 
     inputs: list[str]
-    """Folders, files, patterns, archives, URLs, `-`; or one numpy file."""
+    """Folders, files, patterns, archives, URLs, `-`; or numpy files of rows."""
     out: Path
     """A codes file, or a folder for shards."""
     model: Path
@@ -57,6 +57,8 @@ class Job:
     """Write no codes when any image cannot be read."""
     force: bool = False
     """Replace codes that are there."""
+    arrays_signature: str | None = None
+    """Signature of the numpy files, once they are open."""
 
     def __post_init__(self) -> None:
         if self.is_folder and self.out.suffix and not self.out.is_dir():
@@ -75,10 +77,10 @@ class Job:
         """Whether shards are kept, in a folder."""
         return self.out.suffix not in FILE_SUFFIXES
 
-    @property
+    @cached_property
     def is_array(self) -> bool:
-        """Whether a numpy file is to be encoded."""
-        return any(given.endswith(SUFFIXES) for given in self.inputs)
+        """Whether the rows of numpy files are to be encoded."""
+        return holds_arrays(self.inputs, exclude=self.exclude)
 
     @property
     def errors_path(self) -> Path:
@@ -111,8 +113,8 @@ class Job:
             "max_pixels": self.executor.read.max_pixels,
             "options": asdict(self.options),
             "share": list(self.share),
+            "arrays": self.arrays_signature,
             "update": file_signature(FileSource("", str(self.out))) if self.is_update else None,
-            "array": file_signature(FileSource("", self.inputs[0])) if self.is_array else None,
         }
 
 

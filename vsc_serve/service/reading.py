@@ -21,6 +21,10 @@ _DECODE_CHUNK: Final = 32
 """Pictures a thread decodes in one go: enough that changing threads costs little."""
 
 
+_SPARE_VALUES: Final = 64
+"""Values that a row may have beside its vector: its id, and what in the id looks like one."""
+
+
 class Batch(NamedTuple):
     """The rows of one request that can be encoded, and what is wrong with the others."""
 
@@ -153,7 +157,7 @@ def _decode_chunk(pictures: Sequence[tuple[str, bytes]], spec: PixelSpec, max_pi
         try:
             rows.append(read_pixels(picture, spec, max_pixels=max_pixels))
         except InputError as error:
-            errors.append(BadImage(name, str(error)))
+            errors.append(BadImage(name, str(error), error.kind))
         else:
             ids.append(name)
     return Batch(np.stack(rows) if rows else np.empty((0, *spec.shape), np.uint8), ids, errors)
@@ -161,6 +165,8 @@ def _decode_chunk(pictures: Sequence[tuple[str, bytes]], spec: PixelSpec, max_pi
 
 def _parse_vectors(body: bytes, manifest: Manifest, max_rows: int) -> Batch:
     """Read the vectors of a JSON body. Raises HTTPException: 400 or 413."""
+    if _value_count(body) > max_rows * ((manifest.input_dim or 0) + _SPARE_VALUES):
+        raise HTTPException(413, _too_many(max_rows))
     given, names = _parse_body(body)
     if len(given) > max_rows:
         raise HTTPException(413, _too_many(max_rows))
@@ -170,10 +176,18 @@ def _parse_vectors(body: bytes, manifest: Manifest, max_rows: int) -> Batch:
         try:
             rows.append(_to_vector(values, dimensions))
         except InputError as error:
-            errors.append(BadImage(name, str(error)))
+            errors.append(BadImage(name, str(error), error.kind))
         else:
             ids.append(name)
     return Batch(np.stack(rows) if rows else np.empty((0, dimensions), np.float32), ids, errors)
+
+
+def _value_count(body: bytes) -> int:
+    """Return a bound on the values of a JSON text, without reading it: each follows one of these.
+
+    A value of two bytes takes a hundred once it is read, and the rows are counted only then.
+    """
+    return sum(map(body.count, (b"[", b",", b":", b"{")))
 
 
 def _parse_body(body: bytes) -> tuple[list[Any], list[str]]:

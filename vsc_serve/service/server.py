@@ -13,6 +13,7 @@ from types import FrameType
 from typing import Final
 
 from vsc_serve import __version__
+from vsc_serve.console import LineFormatter
 from vsc_serve.encoder import Encoder
 from vsc_serve.errors import UsageError
 from vsc_serve.service import Limits, Service, create_app
@@ -161,7 +162,9 @@ def _url(listener: socket.socket) -> str:
 
 def _log_to_stderr() -> None:
     """Log to stderr, through the handlers that are there already if there are any."""
-    logging.basicConfig(level=logging.WARNING, format="%(asctime)s %(levelname)s %(message)s")
+    handler = logging.StreamHandler()
+    handler.setFormatter(LineFormatter("%(asctime)s %(levelname)s %(message)s"))
+    logging.basicConfig(level=logging.WARNING, handlers=[handler])
     logging.getLogger("vsc_serve").setLevel(logging.INFO)
 
 

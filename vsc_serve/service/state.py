@@ -1,24 +1,17 @@
 """What all requests share: limits, the encoder, and the threads that work."""
 
-import os
 from collections.abc import Callable
 from dataclasses import dataclass, field, fields
 from typing import Any, Literal, TypeVar
 
 import anyio
 
+from vsc_serve.cpus import usable_cpus
 from vsc_serve.encoder import Encoder
 from vsc_serve.errors import UsageError
 from vsc_serve.images import MAX_PIXELS
 
 T = TypeVar("T")
-
-
-def _cpu_count() -> int:
-    """Return the number of processors this process may use."""
-    if hasattr(os, "sched_getaffinity"):
-        return len(os.sched_getaffinity(0))
-    return os.cpu_count() or 1
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -31,7 +24,7 @@ class Limits:
     """Pictures or vectors of a request."""
     max_pixels: int = MAX_PIXELS
     """Pixels of a picture; a larger one is refused from its header, before it is decoded."""
-    workers: int = field(default_factory=_cpu_count)
+    workers: int = field(default_factory=usable_cpus)
     """Threads that decode and encode."""
 
     def __post_init__(self) -> None:

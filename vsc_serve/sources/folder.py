@@ -6,20 +6,25 @@ its own name; a second link to the same place is passed over. So a search ends w
 and nothing is read twice. Only the places that links led to are remembered.
 """
 
+import errno
 import os
 from collections.abc import Callable, Iterator
+from functools import partial
 from typing import NamedTuple, Protocol
 
-from vsc_serve.errors import InputError
-from vsc_serve.sources.base import FileSource, Source, UnreadableSource, is_machine_failure
-from vsc_serve.sources.names import Choice, Naming, ending, is_image_name, is_junk
+from vsc_serve.errors import InputError, SourceUnavailable
+from vsc_serve.sources.base import FileSource, Source, UnreadableSource, fault_below, gone
+from vsc_serve.sources.faults import Fault, fault_of_file
+from vsc_serve.sources.names import Choice, Naming, extension_of, is_image_name, is_junk
+from vsc_serve.sources.retry import RETRY, RetryPolicy, reach
+from vsc_serve.sources.roots import Root, find_root
 
 
 class Entry(NamedTuple):
     """One name in a folder."""
 
     key: str
-    """Its name, with `/` after a folder's: what the order of whole paths comes down to."""
+    """Its name, with `/` after a folder's: sorted by it, entries come in the order of paths."""
     is_folder: bool
     is_link: bool = False
     size: int = -1
@@ -34,7 +39,7 @@ class Tree(Protocol):
         """Where it lies: a path or URL, without `/` at its end."""
 
     def entries(self, folder: str) -> list[Entry]:
-        """List a folder in order. Raises InputError with the reason."""
+        """List a folder in order. Raises InputError with the reason, or SourceUnavailable."""
 
     def real(self, path: str) -> str:
         """Return where a path lies when all links are followed."""
@@ -51,21 +56,33 @@ class LocalTree:
 
     Args:
         top: The topmost.
+        retry: How often and how long to try while a folder cannot be reached.
     """
 
-    def __init__(self, top: str) -> None:
+    def __init__(self, top: str, retry: RetryPolicy = RETRY) -> None:
         self._start = "" if top in ("", ".") else f"{top.rstrip('/')}/"
+        self._retry = retry
         self.top = top.rstrip("/") or top[:1]
+        # The topmost folder, and those that another disk is mounted at or a link leads to.
+        self._roots = {"": find_root(self._start or ".")}
 
     def entries(self, folder: str) -> list[Entry]:
-        """List a folder in order. Raises InputError with the reason."""
-        try:
-            with os.scandir(self._start + folder or ".") as found:
-                return sorted(_entry(one) for one in found)
-        except OSError as error:
-            if is_machine_failure(error):
-                raise
-            raise InputError(f"folder cannot be searched ({error.strerror})") from error
+        """List a folder in order. Raises InputError with the reason, or SourceUnavailable."""
+        place = self._start + folder or "."
+        root = self._root_of(folder)
+        found = reach(place, partial(_list, place, root), self._retry, partial(_judge, root, place))
+        here = find_root(place)
+        if here is not None and root is not None and here.device != root.device:
+            self._roots[folder] = here
+        return found
+
+    def _root_of(self, path: str) -> Root | None:
+        """Return the root that a folder or file lies below."""
+        if len(self._roots) == 1:
+            return self._roots[""]
+        while path not in self._roots:
+            path = _parent(path)
+        return self._roots[path]
 
     def real(self, path: str) -> str:
         """Return where a path lies when all links are followed."""
@@ -77,7 +94,7 @@ class LocalTree:
 
     def source(self, name: str, path: str, entry: Entry) -> FileSource:
         """Return a file as a source of the given id."""
-        return FileSource(name, self._start + path)
+        return FileSource(name, self._start + path, self._root_of(path))
 
 
 class FolderSearch:
@@ -89,7 +106,8 @@ class FolderSearch:
         choice: What is left out.
         start: The folder inside the tree, empty or with `/` at its end.
         wanted: Which file names are given.
-        unpack: Gives the sources of a wanted file at a path; without, it is one picture.
+        unpack: Gives the sources of a wanted file at a path; without, it is one image.
+        lists_locked: Whether a folder that cannot be listed becomes a source.
     """
 
     def __init__(
@@ -101,12 +119,14 @@ class FolderSearch:
         start: str = "",
         wanted: Callable[[str], bool] = is_image_name,
         unpack: Callable[[str], Iterator[Source]] | None = None,
+        lists_locked: bool = True,
     ) -> None:
         self._tree = tree
         self._naming = naming
         self._choice = choice
         self._wanted = wanted
         self._unpack = unpack
+        self._lists_locked = lists_locked
         self._start = _Folder(start, tree.real(start))
         self._roots = {self._start.real: start}
 
@@ -134,9 +154,13 @@ class FolderSearch:
     def _list(self, folder: "_Folder") -> Iterator[Entry | UnreadableSource]:
         try:
             return iter(self._tree.entries(folder.path))
+        except SourceUnavailable:
+            raise
         except InputError as error:
+            if not self._lists_locked:
+                return iter(())
             name = self._naming.id_of(folder.path.rstrip("/")) if folder.path else self._tree.top
-            return iter([UnreadableSource(name, str(error))])
+            return iter([UnreadableSource(name, str(error), error.kind)])
 
     def _is_wanted(self, path: str, entry: Entry) -> bool:
         """Tell whether a file is given; count it where it is passed over."""
@@ -197,16 +221,50 @@ def why_not_wanted(name: str, wanted: Callable[[str], bool] = is_image_name) -> 
     """Say why a file's name is passed over, or None."""
     if name.startswith("."):
         return "hidden"
-    return None if wanted(name) else f"ending {ending(name) or '(none)'}"
+    if wanted(name):
+        return None
+    extension = extension_of(name)
+    return f"with extension {extension}" if extension else "without extension"
 
 
 def _inside(folder: str) -> str:
     return folder if folder.endswith("/") else f"{folder}/"
 
 
+def _parent(path: str) -> str:
+    """Return the folder of a path inside a tree, empty or with `/` at the end."""
+    above, slash, _ = path.rstrip("/").rpartition("/")
+    return above + slash
+
+
+def _list(place: str, root: Root | None) -> list[Entry]:
+    with os.scandir(place) as found:
+        entries = sorted(_entry(one) for one in found)
+    if not entries and root is not None and root.is_lost():
+        raise _Lost(root)
+    return entries
+
+
+class _Lost(OSError):
+    """A folder that is empty because what was mounted there has gone away."""
+
+    def __init__(self, root: Root) -> None:
+        super().__init__(errno.ESTALE, gone(root).reason)
+
+
+def _judge(root: Root | None, place: str, error: Exception) -> Fault:
+    fault = fault_below(root, place, error)
+    if fault.kind == "unavailable":
+        return fault
+    text = error.strerror if isinstance(error, OSError) else str(error)
+    return fault._replace(reason=f"folder cannot be searched ({text})")
+
+
 def _entry(found: "os.DirEntry[str]") -> Entry:
     try:
         is_folder = found.is_dir()
-    except OSError:  # a link to itself
+    except OSError as error:  # a link to itself, or into a place that is locked
+        if fault_of_file(error).kind == "unavailable":
+            raise
         is_folder = False
     return Entry(found.name + "/" if is_folder else found.name, is_folder, found.is_symlink())

@@ -1,5 +1,6 @@
-"""What a name says: whether a file is looked at, passed over as junk, or left out on request."""
+"""Names of files and rows: which are looked at, passed over as junk, or left out on request."""
 
+import math
 import re
 from collections import Counter
 from collections.abc import Callable, Sequence
@@ -8,7 +9,7 @@ from fnmatch import translate
 from typing import Final, Literal
 
 Ids = Literal["relative", "absolute", "name"]
-"""What a row is called: path within the input, whole path, or the last part of the path."""
+"""Names of rows: path within the input, whole path, or the last part of the path."""
 
 IMAGE_SUFFIXES: Final = frozenset(
     {
@@ -17,13 +18,16 @@ IMAGE_SUFFIXES: Final = frozenset(
         *(".tif", ".tiff", ".webp"),
     }
 )
-"""File name endings that are looked for in folders. A file named on its own is always tried."""
+"""File name extensions that are looked for in folders. A file named on its own is always tried."""
 
 TAR_SUFFIXES: Final = (".tar", ".tar.gz", ".tgz", ".tar.bz2", ".tar.xz", ".tar.zst")
-"""Endings of tar archives, plain and compressed."""
+"""Extensions of tar archives, plain and compressed."""
 
 CONTAINER_SUFFIXES: Final = (*TAR_SUFFIXES, ".zip", ".parquet")
-"""Endings of files that hold many pictures."""
+"""Extensions of files that hold many images."""
+
+ARRAY_SUFFIXES: Final = (".npy", ".npz")
+"""Extensions of numpy files."""
 
 _JUNK_FOLDERS: Final = frozenset(
     {
@@ -33,27 +37,28 @@ _JUNK_FOLDERS: Final = frozenset(
         "System Volume Information",
         "lost+found",
         "node_modules",
+        "__pycache__",
     }
 )
 
 
 def is_image_name(name: str) -> bool:
-    """Tell whether a file name ends like a picture's."""
-    return ending(name) in IMAGE_SUFFIXES
+    """Tell whether a file name has the extension of an image."""
+    return extension_of(name) in IMAGE_SUFFIXES
 
 
-def is_array(path: str) -> bool:
-    """Tell whether an input is a numpy file of rows, which `vsc_serve.sources.arrays` reads."""
-    return path.endswith((".npy", ".npz"))
+def is_array_name(name: str) -> bool:
+    """Tell whether a file name has the extension of a numpy file."""
+    return name.lower().endswith(ARRAY_SUFFIXES)
 
 
 def is_container_name(name: str) -> bool:
-    """Tell whether a file name ends like an archive's or a table's of pictures."""
+    """Tell whether a file name has the extension of an archive or a table of images."""
     return name.lower().endswith(CONTAINER_SUFFIXES)
 
 
-def ending(name: str) -> str:
-    """Return the ending of a name in small letters with its dot, or nothing."""
+def extension_of(name: str) -> str:
+    """Return the extension of a name in lower case with its dot, or nothing."""
     stem, dot, last = name.rpartition(".")
     return dot + last.lower() if stem else ""
 
@@ -71,9 +76,27 @@ def why_junk(relative: str) -> str | None:
     return "hidden" if name.startswith(".") else None
 
 
+def id_text(value: object) -> str | None:
+    """Return what a file says is the id of a row as text; None where it is null or empty.
+
+    Bytes are UTF-8; those that are not become their hexadecimal digits after `0x`. Numbers that are
+    whole have no decimal point, as tables with nulls in a column of numbers are often written.
+    """
+    if isinstance(value, bytes):
+        try:
+            return value.decode() or None
+        except UnicodeDecodeError:
+            return f"0x{value.hex()}"
+    if isinstance(value, float):
+        if math.isnan(value):
+            return None
+        return str(int(value)) if value.is_integer() else repr(value)
+    return None if value is None else str(value) or None
+
+
 @dataclass(frozen=True, slots=True)
 class Naming:
-    """How the pictures below one input are called."""
+    """Rule by which the images below one input are called."""
 
     prefix: str
     """Goes before the path inside the input: nothing, or the input as it was given and `/`."""
@@ -82,7 +105,7 @@ class Naming:
     ids: Ids
 
     def id_of(self, relative: str) -> str:
-        """Return the id of a picture from its path inside the input."""
+        """Return the id of an image from its path inside the input."""
         if self.ids == "absolute":
             return f"{self.top}/{relative}"
         return self.prefix + relative if self.ids == "relative" else relative.rpartition("/")[2]
@@ -97,7 +120,7 @@ class Naming:
 
 
 class Choice:
-    """Which names are left out, and a count of what was passed over and why.
+    """Choice of the names that are left out, with a count of what was passed over and why.
 
     Args:
         exclude: Shell patterns (`*` matches `/` too). One without `/` is also tried on each part of
@@ -139,6 +162,33 @@ class Choice:
         self.skipped[why] += 1
         if self._on_skip is not None:
             self._on_skip(path, why)
+
+
+class LateReport(Choice):
+    """Choice that keeps what it would say of archives until it is known that they are not read.
+
+    Args:
+        choice: The choice that is told.
+    """
+
+    def __init__(self, choice: Choice) -> None:
+        super().__init__()
+        self._paths, self._names = choice._paths, choice._names
+        self._choice = choice
+        self._late: list[tuple[str, str]] | None = []
+
+    def skip(self, path: str, why: str) -> None:
+        """Report something that is passed over, or keep it for later."""
+        if self._late is not None and is_container_name(path) and why.startswith("with extension"):
+            self._late.append((path, why))
+        else:
+            self._choice.skip(path, why)
+
+    def release(self) -> None:
+        """Report what was kept, and keep nothing from now on."""
+        late, self._late = self._late or [], None
+        for path, why in late:
+            self._choice.skip(path, why)
 
 
 def _compile(patterns: Sequence[str]) -> Callable[[str], re.Match[str] | None] | None:

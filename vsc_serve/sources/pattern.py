@@ -10,7 +10,7 @@ from collections.abc import Callable, Iterator, Sequence
 from fnmatch import translate
 from typing import Final, NamedTuple
 
-from vsc_serve.errors import InputError
+from vsc_serve.errors import InputError, SourceUnavailable
 from vsc_serve.sources.base import Source, UnreadableSource
 from vsc_serve.sources.folder import Entry, Tree
 from vsc_serve.sources.names import Choice, Naming, is_junk
@@ -24,10 +24,22 @@ def is_pattern(given: str) -> bool:
     return _MAGIC.search(given) is not None
 
 
-def split_pattern(given: str) -> tuple[str, list[str]]:
-    """Split into the folder before the first special sign, with its `/`, and the parts after it."""
+def split_pattern(given: str, is_folder: Callable[[str], bool]) -> tuple[str, list[str]]:
+    """Split a pattern into the folder that is searched, with its `/`, and the parts after it.
+
+    The longest beginning that is the name of a folder is no pattern, whatever signs are in it: in
+    `photos [2024]/*.jpg`, the brackets are letters if there is such a folder.
+
+    Args:
+        given: The pattern.
+        is_folder: Tells whether there is a folder.
+    """
     parts = given.split("/")
     first = next(place for place, part in enumerate(parts) if is_pattern(part))
+    while first < len(parts) - 1 and (
+        not is_pattern(parts[first]) or is_folder("/".join(parts[: first + 1]))
+    ):
+        first += 1
     base = "".join(f"{part}/" for part in parts[:first])
     return base, [part for part in parts[first:] if part]
 
@@ -39,7 +51,7 @@ class PatternSearch:
     folder can be at several places at once.
 
     Args:
-        tree: The folder before the pattern's first special sign.
+        tree: The folder before the pattern.
         parts: The pattern, split at `/`.
         naming: How ids and excluded paths are made.
         choice: What is left out.
@@ -75,8 +87,10 @@ class PatternSearch:
             return
         try:
             entries = self._tree.entries(path)
+        except SourceUnavailable:
+            raise
         except InputError as error:
-            yield UnreadableSource(self._naming.id_of(path.rstrip("/")), str(error))
+            yield UnreadableSource(self._naming.id_of(path.rstrip("/")), str(error), error.kind)
             return
         for entry in entries:
             after = self._advance(places, entry)

@@ -2,7 +2,7 @@
 
 import hashlib
 from collections.abc import Callable, Iterator
-from typing import Final
+from typing import Final, TypeVar
 
 import numpy as np
 from numpy.typing import NDArray
@@ -10,15 +10,16 @@ from numpy.typing import NDArray
 from vsc_serve.errors import UsageError
 from vsc_serve.sources.base import Source
 
+Item = TypeVar("Item", bound=Source)
+
 _BLOCK: Final = 65_536
 """Ids that are compared at once with all earlier ones."""
 
 
 def unique_ids(
-    sources: Iterator[Source],
+    sources: Iterator[Item],
     again: Callable[[], Iterator[Source]] | None,
-    kinds: tuple[type, ...] = (object,),
-) -> Iterator[Source]:
+) -> Iterator[Item]:
     """Pass sources on, as long as no two have the same id.
 
     Of the ids, 64-bit digests are kept: 8 MB for a million. Two in a million million runs of a
@@ -27,7 +28,6 @@ def unique_ids(
     Args:
         sources: The sources.
         again: Gives them once more, to find the first of two; None where that cannot be.
-        kinds: Classes of the sources that are looked at.
 
     Raises:
         UsageError: Two have the same id; it names both. It comes within the next 65,536 sources.
@@ -35,11 +35,10 @@ def unique_ids(
     earlier = np.empty(0, np.uint64)
     block: dict[int, str] = {}
     for source in sources:
-        if isinstance(source, kinds):
-            digest = _digest(source.id)
-            if digest in block:
-                raise _refuse(source.id, again)
-            block[digest] = source.id
+        digest = _digest(source.id)
+        if digest in block:
+            raise _refuse(source.id, again)
+        block[digest] = source.id
         if len(block) == _BLOCK:
             earlier, block = _merge(earlier, block, again), {}
         yield source
@@ -70,10 +69,10 @@ def _merge(
 def _refuse(name: str, again: Callable[[], Iterator[Source]] | None) -> UsageError:
     """Name the two sources that would have the same id."""
     sources = [] if again is None else _first_two(name, again())
-    places = " and ".join(repr(source) for source in sources)
+    places = " and ".join(getattr(source, "where", repr(source)) for source in sources)
     return UsageError(
-        f"two pictures would have the id {name!r}{': ' if places else ''}{places}."
-        " Give each picture once, or choose longer ids: --ids relative, or --ids absolute."
+        f"two images would have the id {name!r}{': ' if places else ''}{places}."
+        " Give each image once, or choose longer ids: --ids relative, or --ids absolute."
     )
 
 

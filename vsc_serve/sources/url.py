@@ -1,16 +1,17 @@
-"""Pictures behind URLs that fsspec opens: object stores, web servers, memory."""
+"""Images behind URLs that fsspec opens: object stores, web servers, memory."""
 
 from dataclasses import dataclass
 
-from vsc_serve.errors import InputError
-from vsc_serve.sources.base import check_size
+from vsc_serve.errors import InputError, SourceUnavailable
+from vsc_serve.sources.base import MAX_BYTES, check_size
 from vsc_serve.sources.folder import Entry
-from vsc_serve.sources.places import call, file_system
+from vsc_serve.sources.retry import RETRY, RetryPolicy
+from vsc_serve.sources.stores import ask, fetch, forget_listing
 
 
 @dataclass(frozen=True, slots=True)
 class UrlSource:
-    """A picture behind a URL."""
+    """Image behind a URL."""
 
     id: str
     """Path relative to the URL it was found under, or the URL."""
@@ -18,13 +19,15 @@ class UrlSource:
     size: int = -1
     """Its bytes, where they are known: they are checked before they are fetched."""
 
-    def read(self) -> bytes:
-        """Fetch it. Raises InputError with the reason."""
-        system, path = file_system(self.url)
-        size = self.size if self.size >= 0 else call(system.size, path)
-        check_size(size or 0)
-        content: bytes = call(system.cat_file, path)
-        return content
+    @property
+    def where(self) -> str:
+        """Where it lies, for people."""
+        return self.url
+
+    def read(self, retry: RetryPolicy = RETRY) -> bytes:
+        """Fetch it; see `Source.read`."""
+        check_size(self.size)
+        return fetch(self.url, MAX_BYTES, retry)
 
 
 class UrlTree:
@@ -32,22 +35,23 @@ class UrlTree:
 
     Args:
         top: The URL.
+        retry: How often and how long to try while it cannot be reached.
     """
 
-    def __init__(self, top: str) -> None:
+    def __init__(self, top: str, retry: RetryPolicy = RETRY) -> None:
         self._start = f"{top.rstrip('/')}/"
+        self._retry = retry
         self.top = top.rstrip("/")
 
     def entries(self, folder: str) -> list[Entry]:
-        """List a folder in order. Raises InputError with the reason."""
-        system, path = file_system(self._start + folder)
-        path = path.rstrip("/")
-        found = call(system.ls, path, detail=True)
-        system.invalidate_cache(path)  # it would keep every listing
+        """List a folder in order. Raises InputError with the reason, or SourceUnavailable."""
+        url = (self._start + folder).rstrip("/")
+        found = ask(url, self._retry, "ls", detail=True)
+        path = forget_listing(url)
         return sorted(
             entry
             for one in found
-            if one["name"].rstrip("/") != path and (entry := _entry(one, path)) is not None
+            if one["name"].rstrip("/") != path and (entry := _entry(one)) is not None
         )
 
     def real(self, path: str) -> str:
@@ -63,7 +67,7 @@ class UrlTree:
         return UrlSource(name, self._start + path, entry.size)
 
 
-def _entry(found: dict[str, object], folder: str) -> Entry | None:
+def _entry(found: dict[str, object]) -> Entry | None:
     name = str(found["name"]).rstrip("/").rpartition("/")[2]
     is_folder = found["type"] == "directory"
     size = found.get("size")
@@ -73,17 +77,19 @@ def _entry(found: dict[str, object], folder: str) -> Entry | None:
     return Entry(f"{name}/" if is_folder else name, is_folder, size=known)
 
 
-def is_folder_url(url: str) -> bool | None:
+def is_folder_url(url: str, retry: RetryPolicy = RETRY) -> bool | None:
     """Tell whether a URL is a folder; None where there is nothing.
 
     Raises:
-        InputError: The file system does not say.
+        InputError: The store does not say.
+        SourceUnavailable: It cannot be reached.
         UsageError: There is no such file system.
     """
-    system, path = file_system(url)
     try:
-        return bool(call(system.info, path)["type"] == "directory")
+        return bool(ask(url, retry, "info")["type"] == "directory")
+    except SourceUnavailable:
+        raise
     except InputError as error:
-        if isinstance(error.__cause__, FileNotFoundError):
+        if error.kind == "missing":
             return None
-        raise InputError(f"{url}: {error}") from error
+        raise InputError(f"{url}: {error}", kind=error.kind) from error
