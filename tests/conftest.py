@@ -200,7 +200,6 @@ def tiny_run(tmp_path_factory: pytest.TempPathFactory, grey_folder: Path) -> Pat
     """A real run of a small model on `grey_folder`."""
     import torch
 
-    from vsc_training.checkpoint import start_run
     from vsc_training.config import load_recipe
     from vsc_training.data import load_examples
     from vsc_training.fit import fit
@@ -211,7 +210,6 @@ def tiny_run(tmp_path_factory: pytest.TempPathFactory, grey_folder: Path) -> Pat
     overrides += ["steps=300", "learning_rate=0.005", "precision=float32", "validation_share=0.2"]
     recipe = load_recipe("sparse", overrides)
     examples = load_examples(grey_folder)
-    start_run(run, recipe, examples, resume=False, force=False)
     fit(recipe, examples, run, device=torch.device("cpu"), name="bars")
     return run
 

@@ -25,7 +25,7 @@ from vsc_serve.errors import ExportError, InputError, UsageError
 from vsc_serve.images import PixelSpec
 from vsc_serve.sources import find_sources
 from vsc_training.backbone import Backbone, BackboneSpec, digest
-from vsc_training.checkpoint import load_checkpoint, load_pictures, load_samples, start_run
+from vsc_training.checkpoint import load_checkpoint, load_pictures, load_samples
 from vsc_training.config import load_recipe
 from vsc_training.data import embed_examples, find_pictures
 from vsc_training.fit import fit
@@ -50,7 +50,6 @@ def fit_behind(run: Path, folder: Path, file: Path) -> Path:
     fields += ["steps=300", "learning_rate=0.005", "precision=float32", "validation_share=0.2"]
     recipe = load_recipe("sparse", [*fields, "on_collapse=warn"])
     examples = embed_examples(folder, find_pictures(folder), Backbone.open(file), lambda _: None)
-    start_run(run, recipe, examples, resume=False, force=False)
     fit(recipe, examples, run, device=torch.device("cpu"), name="behind")
     return run
 

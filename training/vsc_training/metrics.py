@@ -24,8 +24,8 @@ _MAX_ALWAYS_ON_PART: Final = 0.5
 _FEW_LIVE: Final = 0.1
 """Part of the latents to be expected live below which a model has collapsed.
 
-Measured with 64 latents and 1 % of the rows a hundred times as long as the others: 0 to 3 live where
-the codes say nothing, 12 and more (19 %) where they say something (training/LOG.md).
+Measured with 64 latents and 1 % of the rows a hundred times as long as the others: 0 to 3 live
+where the codes say nothing, 12 and more (19 %) where they say something (training/LOG.md).
 """
 _MANY_DEAD: Final = 0.5
 """Part of the latents to be expected live below which there is a warning."""
