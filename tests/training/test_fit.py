@@ -19,9 +19,10 @@ from vsc_training.checkpoint import CHECKPOINT, load_checkpoint, save_checkpoint
 from vsc_training.config import Recipe, load_recipe
 from vsc_training.data import Examples, load_examples
 from vsc_training.device import choose_device
-from vsc_training.fit import Trainer, fit
+from vsc_training.fit import fit
 from vsc_training.metrics import find_overfit
 from vsc_training.model import VSC, DataSpec, choose_network
+from vsc_training.trainer import Trainer
 
 CPU = torch.device("cpu")
 

@@ -62,7 +62,10 @@ def joined_group(device: torch.device) -> Iterator[tuple[Group, torch.device]]:
     if device.type == "cuda":
         device = torch.device("cuda", _number("LOCAL_RANK", least=0))
         torch.cuda.set_device(device)
-    dist.init_process_group("nccl" if device.type == "cuda" else "gloo")
+        # Without `device_id` NCCL guesses the GPU of a process from its rank.
+        dist.init_process_group("nccl", device_id=device)
+    else:
+        dist.init_process_group("gloo")
     try:
         yield Group(dist.get_rank(), size), device
     finally:

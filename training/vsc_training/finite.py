@@ -1,8 +1,9 @@
 """A run ends at the first step whose loss or gradient is not finite: nothing after it means much.
 
 On a CPU every step is looked at before its gradient is applied, so the weights stay those of the
-step before. A GPU would have to be waited for in every step; there the number of the first bad step
-is kept on the device, and asked for when something is logged or saved.
+step before. A GPU would have to be waited for in every step; there the losses are kept on the
+device and looked at when something is logged or saved, and every thousand steps. One step that is
+not finite makes all that follow so, and what is saved has been looked at.
 """
 
 import math
@@ -11,14 +12,15 @@ from dataclasses import asdict
 from typing import Final
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from vsc_serve.errors import CheckFailed
 from vsc_training.config import Recipe
 from vsc_training.metrics import Health
 from vsc_training.step import Terms
 
-_NEVER: Final = 2**62
+_KEPT_LOSSES: Final = 1024
+"""Losses that are kept on a GPU before they are looked at."""
 _TERMS: Final = ("reconstruction", "kl", "sparsity", "balance")
 
 
@@ -42,28 +44,38 @@ class FiniteGuard:
     def __init__(self, recipe: Recipe, device: torch.device) -> None:
         self._recipe = recipe
         self._is_waiting = device.type == "cpu"
-        self._first_bad = torch.full((), _NEVER, dtype=torch.int64, device=device)
+        self._losses = torch.zeros(_KEPT_LOSSES, device=device)
+        self._steps: list[int] = []
 
-    def watch(self, step: int, terms: Terms, gradients: Iterable[Tensor]) -> None:
+    def watch(self, step: int, terms: Terms, weights: Iterable[nn.Parameter]) -> None:
         """Look at a step before its gradient is applied. On a GPU this only takes note.
 
-        A sum shows what is not finite in what is added: infinity and NaN stay in it.
-
         Raises:
-            NotFinite: On a CPU, where something is not finite.
+            NotFinite: On a CPU, where loss or gradient is not finite; on a GPU, where the loss of
+                an earlier step was not.
         """
-        total = torch.stack([terms.loss.detach(), *(part.sum() for part in gradients)]).sum()
         if self._is_waiting:
-            if not math.isfinite(float(total)):
-                raise NotFinite(step, _describe(terms), self._recipe)
+            self._look(step, terms, weights)
             return
-        bad = torch.where(torch.isfinite(total), _NEVER, step)
-        self._first_bad = torch.minimum(self._first_bad, bad)
+        self._losses[len(self._steps)] = terms.loss.detach()
+        self._steps.append(step)
+        if len(self._steps) == _KEPT_LOSSES:
+            self.check()
+
+    def _look(self, step: int, terms: Terms, weights: Iterable[nn.Parameter]) -> None:
+        # A sum shows what is not finite in what is added: infinity and NaN stay in it.
+        gradients = (weight.grad for weight in weights)
+        sums = (gradient.sum() for gradient in gradients if gradient is not None)
+        if not math.isfinite(float(torch.stack([terms.loss.detach(), *sums]).sum())):
+            raise NotFinite(step, _describe(terms), self._recipe)
 
     def check(self) -> None:
-        """Raise NotFinite when a step that was watched on a GPU was not finite."""
-        if not self._is_waiting and (first := int(self._first_bad)) != _NEVER:
-            raise NotFinite(first, "the loss or a gradient is not finite", self._recipe)
+        """Raise NotFinite when the loss of a step that was watched on a GPU was not finite."""
+        losses, steps = self._losses[: len(self._steps)].tolist(), self._steps
+        self._steps = []
+        for step, loss in zip(steps, losses, strict=True):
+            if not math.isfinite(loss):
+                raise NotFinite(step, f"the loss is not finite ({loss})", self._recipe)
 
     def check_tensors(self, step: int, tensors: Mapping[str, Tensor]) -> None:
         """Raise NotFinite when a tensor that is about to be saved is not finite."""
