@@ -55,18 +55,19 @@ class FiniteGuard:
                 an earlier step was not.
         """
         if self._is_waiting:
-            self._look(step, terms, weights)
+            self.look(step, terms, weights)
             return
         self._losses[len(self._steps)] = terms.loss.detach()
         self._steps.append(step)
         if len(self._steps) == _KEPT_LOSSES:
             self.check()
 
-    def _look(self, step: int, terms: Terms, weights: Iterable[nn.Parameter]) -> None:
-        # A sum shows what is not finite in what is added: infinity and NaN stay in it.
-        gradients = (weight.grad for weight in weights)
-        sums = (gradient.sum() for gradient in gradients if gradient is not None)
-        if not math.isfinite(float(torch.stack([terms.loss.detach(), *sums]).sum())):
+    def look(self, step: int, terms: Terms, weights: Iterable[nn.Parameter]) -> None:
+        """Raise NotFinite when loss or gradient of a step is not finite; a GPU is waited for."""
+        # A sum shows what is not finite in what is added. Squares, since Adam keeps those.
+        gradients = (weight.grad.flatten() for weight in weights if weight.grad is not None)
+        squares = (torch.dot(gradient, gradient) for gradient in gradients)
+        if not math.isfinite(float(torch.stack([terms.loss.detach(), *squares]).sum())):
             raise NotFinite(step, _describe(terms), self._recipe)
 
     def check(self) -> None:
@@ -95,11 +96,12 @@ class FiniteGuard:
 
 
 def _describe(terms: Terms) -> str:
-    values = {name: float(getattr(terms, name)) for name in _TERMS}
+    values = {name: float(getattr(terms, name).detach()) for name in _TERMS}
     bad = [f"{name} {value}" for name, value in values.items() if not math.isfinite(value)]
-    if bad or not math.isfinite(float(terms.loss)):
-        return f"the loss is not finite ({', '.join(bad) or float(terms.loss)})"
-    return "the gradient is not finite"
+    loss = float(terms.loss.detach())
+    if bad or not math.isfinite(loss):
+        return f"the loss is not finite ({', '.join(bad) or loss})"
+    return "the gradient is not finite, or its square is not"
 
 
 def _advice(step: int, recipe: Recipe) -> str:

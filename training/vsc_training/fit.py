@@ -139,7 +139,7 @@ class _Run:
 
     def _what_is_left(self) -> str:
         if not (self.path / CHECKPOINT).is_file():
-            return f"There is no checkpoint yet: train again with another recipe into {self.path}."
+            return "There is no checkpoint yet: train again with another recipe and --force."
         step = load_checkpoint(self.path).state.step
         return (
             f"The checkpoint of step {step} is kept: go on from it with --resume and a lower"

@@ -117,15 +117,17 @@ class Trainer:
         Raises:
             UsageError: A batch that the processes cannot share evenly, or that is too large for the
                 memory; a compiler that fails.
+            NotFinite: A number of the recipe that is too large.
         """
         generator = torch.Generator(self.device).manual_seed(self.recipe.seed)
         try:
-            self._gradients(generator)
+            terms = self._gradients(generator)
         except torch.OutOfMemoryError as error:
             raise UsageError(
                 f"a step does not fit into the memory of the GPU: lower batch_size (now"
                 f" {self.recipe.batch_size}) or the sizes of the model"
             ) from error
+        self.guard.look(self.step + 1, terms, self.model.parameters())
         self.optimizer.zero_grad(set_to_none=True)
 
     def _gradients(self, generator: torch.Generator) -> Terms:
