@@ -24,12 +24,15 @@ from vsc_serve.compaction import DENSE, BatchFacts, Compaction, EncodedBatch, No
 from vsc_serve.errors import BundleError, InputError
 from vsc_serve.images import PixelSpec, decode_pixels, read_pixels
 from vsc_serve.options import PLAIN, EncodeOptions
-from vsc_serve.session import Device, Session, open_graph
+from vsc_serve.session import Device, Session, SessionPool, open_graph
 
 logger = logging.getLogger(__name__)
 
 BATCH_SIZE: Final = 256
 """Rows a graph is given at a time; a batch of 32 already reaches 87 % of its speed."""
+_GPU_BATCH_SIZES: Final = (1, 16, BATCH_SIZE)
+"""Batches that a GPU is given are filled up to one of these: for each new shape it would choose
+kernels once more."""
 
 Picture = Path | str | bytes | Image.Image
 
@@ -40,11 +43,17 @@ class Encoder:
         encoder = Encoder.open("model/")
         codes = encoder.encode(["cat.jpg", "dog.jpg"])   # scipy.sparse.csr_array, one row each
 
-    The same image gives the same code whatever else is in the batch.
+    The same image gives the same code whatever else is in the batch. A GPU rounds differently for
+    batches of 1, of up to 16 and of up to 256: by less than the probes of the bundle allow.
     """
 
     def __init__(
-        self, session: Session, manifest: Manifest, compaction: Compaction = DENSE
+        self,
+        session: Session,
+        manifest: Manifest,
+        compaction: Compaction = DENSE,
+        *,
+        batch_size: int = BATCH_SIZE,
     ) -> None:
         """Wrap an open session. `Encoder.open` is what most callers want.
 
@@ -52,9 +61,11 @@ class Encoder:
             session: Computes the graph that the compaction names.
             manifest: What the bundle says.
             compaction: How outputs become rows.
+            batch_size: Rows that the session is given at a time, at most.
         """
         self._session = session
         self._compaction = compaction
+        self._batch_size = batch_size
         self.manifest = manifest
 
     @classmethod
@@ -86,6 +97,8 @@ class Encoder:
     def _open_on(cls, bundle: Bundle, device: Device, threads: int) -> "Encoder":
         session = open_graph(bundle, ENCODER, device=device, threads=threads)
         logger.info("%s: %s on %s", bundle.path, bundle.manifest.name, session.engine)
+        if session.engine.endswith("cuda"):
+            return cls(SessionPool(session, *_GPU_BATCH_SIZES), bundle.manifest)
         return cls(session, bundle.manifest)
 
     @property
@@ -132,8 +145,8 @@ class Encoder:
         """Encode as `encode_rows` does, and give the statistics of the decisions too."""
         _check_rows(rows, self.manifest)
         decisions, parts = DecisionStatistics(), []
-        for start in range(0, len(rows), BATCH_SIZE):
-            encoded = self._encode_batch(rows[start : start + BATCH_SIZE], start, options)
+        for start in range(0, len(rows), self._batch_size):
+            encoded = self._encode_batch(rows[start : start + self._batch_size], start, options)
             parts.append(encoded.rows)
             decisions.add(encoded.decisions)
         latent_dim = self.manifest.latent_dim

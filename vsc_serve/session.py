@@ -9,6 +9,7 @@ import os
 from collections.abc import Mapping, Sequence
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
+from queue import SimpleQueue
 from typing import TYPE_CHECKING, Any, Final, Literal, NamedTuple, Protocol
 
 from numpy.typing import NDArray
@@ -143,6 +144,37 @@ class BoundSession:
         return batch
 
 
+class SessionPool:
+    """A Session for several threads: each takes a `BoundSession` while it computes.
+
+    Two are enough to keep a GPU busy: while one computes, the other copies.
+
+    Args:
+        session: What computes.
+        batch_sizes: Rows of a batch, as `BoundSession` takes them.
+        lanes: How many threads compute at a time; others wait.
+    """
+
+    def __init__(self, session: OnnxSession, *batch_sizes: int, lanes: int = 2) -> None:
+        self._engine = session.engine
+        self._free: SimpleQueue[BoundSession] = SimpleQueue()
+        for _ in range(lanes):
+            self._free.put(BoundSession(session, *batch_sizes))
+
+    @property
+    def engine(self) -> str:
+        """Name and version of the engine, and its device."""
+        return self._engine
+
+    def run(self, outputs: Sequence[str], feeds: Mapping[str, NDArray[Any]]) -> list[NDArray[Any]]:
+        """Compute the named outputs, as `BoundSession.run` does."""
+        bound = self._free.get()
+        try:
+            return bound.run(outputs, feeds)
+        finally:
+            self._free.put(bound)
+
+
 def open_session(
     path: Path,
     *,
@@ -156,7 +188,7 @@ def open_session(
     Args:
         path: The `.onnx` file; its external data lies in the same folder.
         device: `cuda` fails where CUDA cannot be used, `auto` falls back to the CPU.
-        threads: Threads inside one operator; 0 lets onnxruntime choose.
+        threads: Threads inside one operator on the CPU; 0 lets onnxruntime choose.
         device_id: Which GPU, where there are several.
         allows_tf32: Whether a GPU may round factors to TF32: faster, and other codes.
 
@@ -246,7 +278,8 @@ def _open_on_cuda(ort: Any, path: Path, threads: int, options: dict[str, str]) -
     if hasattr(ort, "preload_dlls"):
         ort.preload_dlls()
     try:
-        session = _load(ort, path, [(CUDA_PROVIDER, options), CPU_PROVIDER], threads)
+        # What is left for the CPU is the arithmetic of shapes: threads would only wait, spinning.
+        session = _load(ort, path, [(CUDA_PROVIDER, options), CPU_PROVIDER], threads or 1)
     except Exception as error:  # onnxruntime raises its own classes, and RuntimeError
         _open_on_cpu(ort, path, threads)  # raises where the file is at fault, and not the device
         raise DeviceError(_why_no_cuda(_first_line(error))) from error

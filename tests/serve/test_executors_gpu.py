@@ -2,6 +2,8 @@
 
 import gc
 from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -18,13 +20,14 @@ from vsc_serve.compaction import COMPACT
 from vsc_serve.cuda import PinnedArray, cuda_count, provider_options
 from vsc_serve.encoder import Encoder
 from vsc_serve.errors import BundleError, InputError
-from vsc_serve.executors.gpu import GpuExecutor, encode_on, read_spec
+from vsc_serve.executors.gpu import GpuExecutor, encode_on, gpu_batch_size, read_spec
 from vsc_serve.executors.processes import ProcessExecutor
 from vsc_serve.executors.task import Encode
+from vsc_serve.images import PixelSpec
 from vsc_serve.models import builtin_model
 from vsc_serve.options import PLAIN, EncodeOptions
 from vsc_serve.pipeline import batches, stream
-from vsc_serve.session import BoundSession, open_session
+from vsc_serve.session import BoundSession, SessionPool, open_session
 from vsc_serve.sources import Source, find_sources
 
 
@@ -169,6 +172,34 @@ def test_a_batch_takes_the_smallest_size_that_holds_it(tiny_bundle: Path) -> Non
         np.testing.assert_array_equal(found[:count], plain.run(["code"], feeds)[0])
 
 
+def test_threads_share_the_sessions_of_a_pool(tiny_bundle: Path) -> None:
+    plain = open_session(tiny_bundle / ENCODER, device="cpu", threads=1)
+    pool = SessionPool(plain, 16, 4, lanes=2)
+    assert pool.engine == plain.engine
+    rng = np.random.default_rng(0)
+    inputs = [rng.integers(0, 256, (1 + turn % 9, 4, 4, 1), np.uint8) for turn in range(60)]
+
+    def encode(images: NDArray[np.uint8]) -> Any:
+        feeds = {"image": images, "tau_logit": np.array(0.1, np.float32)}
+        return pool.run(["code"], feeds)[0][: len(images)], plain.run(["code"], feeds)[0]
+
+    with ThreadPoolExecutor(8) as threads:
+        for found_codes, expected in threads.map(encode, inputs):
+            np.testing.assert_array_equal(found_codes, expected)
+    with pytest.raises(Exception, match="nothing"):
+        pool.run(["nothing"], {"image": inputs[0]})
+    for _ in range(4):  # a failure does not keep its lane
+        encode(inputs[0])
+
+
+def test_small_images_go_to_a_gpu_by_the_thousand(tiny_bundle: Path) -> None:
+    manifest = open_bundle(tiny_bundle).manifest
+    assert gpu_batch_size(manifest) == 1024
+    for side, rows in ((64, 1024), (96, 606), (224, 256)):
+        spec = PixelSpec(height=side, width=side, channels=3)
+        assert gpu_batch_size(replace(manifest, pixel_spec=spec)) == rows
+
+
 def test_pinned_memory_without_cuda_is_ordinary_memory() -> None:
     pinned = PinnedArray((3, 4), np.uint8)
     assert pinned.array.shape == (3, 4)
@@ -232,7 +263,7 @@ class Rounded:
     def __init__(self, session: Any) -> None:
         self._session = session
 
-    def run(self, outputs: Any, feeds: Any) -> Any:
+    def run_bound(self, outputs: Any, feeds: Any) -> Any:
         return [value * np.float32(1.003) for value in self._session.run(outputs, feeds)]
 
 
