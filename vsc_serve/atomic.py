@@ -122,7 +122,7 @@ def _temporary_beside(path: Path) -> Path:
     permissions any other new file gets.
     """
     if not path.name:
-        raise UsageError(f"{path}: no name for an output. Choose another --out.")
+        raise UsageError(f"{path}: no name for an output. Choose another `out`.")
     return name_beside(path, ".", f".{secrets.token_hex(6)}.tmp")
 
 

@@ -152,7 +152,7 @@ def check_output(path: Path, kind: Kind, *, force: bool, inputs: Sequence[Path |
         if _holds(real, Path(given)):
             raise UsageError(
                 f"{path}: holds the input {given}, and an output never replaces its input."
-                " Choose another --out."
+                " Choose another `out`."
             )
     if os.path.lexists(real):
         _check_existing(path, real, kind, force=force)
@@ -164,12 +164,12 @@ def _check_existing(path: Path, real: Path, kind: Kind, *, force: bool) -> None:
     is_empty_folder = isinstance(kind, FolderKind) and real.is_dir() and not any(real.iterdir())
     if not force and not is_empty_folder:
         raise UsageError(
-            f"{path}: exists already. Choose another --out, or replace it with --force."
+            f"{path}: exists already. Choose another `out`, or replace it with `force=True`."
         )
     if reason := kind.why_not_ours(real):
         raise UsageError(
-            f"{path}: {reason}. --force replaces only {kind.name}; nothing was deleted. Choose"
-            " another --out, or remove it yourself."
+            f"{path}: {reason}. `force=True` replaces only {kind.name}; nothing was deleted. Choose"
+            " another `out`, or remove it yourself."
         )
 
 

@@ -586,10 +586,10 @@ def test_failures_are_tried_again_and_only_successes_are_reused(
     error = InputError("needs pillow-heif", kind="package missing")
     sources = flaky_sources(picture_folder, [0, 4, 5, 11], error)
     fields: dict[str, Any] = {"shard_rows": shard_rows, "batch_size": batch_size, "is_strict": True}
-    with pytest.raises(InputError, match="--strict: 4 of 12 inputs cannot be read"):
+    with pytest.raises(InputError, match="`is_strict`: 4 of 12 inputs cannot be read"):
         run_in_threads(fake_encoder, iter(sources), out, **fields)
     sources[4].error = None
-    with pytest.raises(InputError, match="--strict: 3 of 12 inputs cannot be read"):
+    with pytest.raises(InputError, match="`is_strict`: 3 of 12 inputs cannot be read"):
         run_in_threads(fake_encoder, iter(sources), out, **fields)
     listed = [json.loads(line) for line in errors_path(out).read_text().splitlines()]
     assert [one["id"] for one in listed] == [sources[place].id for place in (0, 5, 11)]

@@ -18,10 +18,10 @@ from vsc_serve.cli.options import (
     ForceOption,
     JsonOption,
     ModelOption,
-    check_device,
     find_model,
     print_text,
 )
+from vsc_serve.cli.translate import as_options
 from vsc_serve.console import Progress, ending_cleanly, progress, require_extra, say
 from vsc_serve.errors import UsageError, VscError
 
@@ -99,7 +99,7 @@ def encode(
         model=find_model(model),
         options=EncodeOptions(tau=tau, view=view, max_active=max_active, uncertainty=uncertainty),
         executor=ExecutorOptions(
-            device=check_device(device),
+            device=device,
             workers=workers,
             read=ReadOptions(max_pixels=max_pixels),
         ),
@@ -134,11 +134,15 @@ def _encode(job: "Job", *, given_model: Path | None, as_json: bool) -> None:
     convert = _write_parquet if job.out.suffix == ".parquet" else None
     if convert is not None:
         require_extra("parquet", "pyarrow")
-    encoded = encode_to_file(job, say=say, show=show, convert=convert)
+    encoded = encode_to_file(job, say=_say, show=show, convert=convert)
     _say_encoded(job, encoded)
     say("next", _next_command(job, given_model))
     if as_json:
         print_text(json.dumps(_encoded_metrics(job, encoded)))
+
+
+def _say(label: str, text: str) -> None:
+    say(label, as_options(text))
 
 
 def _next_command(job: "Job", given_model: Path | None) -> str:

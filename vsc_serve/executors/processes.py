@@ -206,9 +206,9 @@ class ProcessExecutor:
         if self._provenance is None:
             return DeviceError(
                 f"a worker process exits while it opens the model ({why})."
-                " See `vsc doctor`; --workers 0 works without processes."
+                " See `vsc doctor`; `workers=0` works without processes."
             )
         return DeviceError(
             f"{self._exits} worker processes exited one after the other ({why}). Is there enough"
-            " memory? Try fewer --workers."
+            " memory? Try fewer `workers`."
         )

@@ -282,7 +282,7 @@ class _Run:
         if self._job.is_strict and self._outcome.rejected:
             total = self._outcome.rejected + self._outcome.statistics.images
             raise InputError(
-                f"--strict: {self._outcome.rejected} of {total} inputs cannot be read, see"
+                f"`is_strict`: {self._outcome.rejected} of {total} inputs cannot be read, see"
                 f" {errors}. No codes were written; what was encoded is kept in"
                 f" {self._store.folder}, and the same command tries the others again."
             )
@@ -360,7 +360,7 @@ class _Run:
             first = result.rejected[0]
             raise InputError(
                 f"{chunk[first.position].id}: {first.reason}."
-                " --on-error fail stops at the first unreadable input.",
+                ' `on_error="fail"` stops at the first unreadable input.',
                 kind=first.kind,
             )
         rows = result.rows

@@ -111,7 +111,7 @@ class ShardStore:
             if os.path.lexists(self.folder) and (why := WORK_FOLDER.why_not_ours(self.folder)):
                 raise UsageError(
                     f"{self.folder}: is {why}. The shards of a run go there: move it, or choose"
-                    " another --out."
+                    " another `out`."
                 )
             try:
                 yield
