@@ -38,10 +38,10 @@ from vsc_serve.images import PixelSpec
 from vsc_training.config import Recipe, load_recipe
 from vsc_training.data import Examples
 from vsc_training.device import uses_bfloat16
-from vsc_training.fit import Trainer
 from vsc_training.model import VSC, DataSpec
 from vsc_training.objective import Posterior, balance, kl_pairs, sparsity_per_latent
 from vsc_training.smiley import generate
+from vsc_training.trainer import Trainer
 
 IMAGE_COUNT = 8192
 SIDE = 28

@@ -1,7 +1,8 @@
 """Fixtures shared by all tests: small pictures, and a model that needs no training."""
 
+import json
 import os
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -137,11 +138,68 @@ def grey_folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 @pytest.fixture(scope="session")
+def conv_backbone() -> Callable[..., Path]:
+    """Write a small convolutional image encoder and the JSON beside it."""
+    return _conv_backbone
+
+
+def _conv_backbone(
+    path: Path,
+    *,
+    stated: dict[str, Any] | None = None,
+    with_json: bool = True,
+    kind: str = "FLOAT",
+    layout: str = "NCHW",
+    batch: str | int = "n",
+    pooled: bool = True,
+    opset: int = 17,
+    half: bool = False,
+    seed: int = 0,
+) -> Path:
+    import onnx
+    from onnx import TensorProto, helper, numpy_helper
+
+    rng = np.random.default_rng(seed)
+    weights = {
+        "kernel": rng.normal(size=(8, 3, 3, 3)),
+        "head": rng.normal(size=(8 * 4, 24)),
+        "bias": rng.normal(size=(24,)),
+    }
+    inner, dtype = (TensorProto.FLOAT16, np.float16) if half else (TensorProto.FLOAT, np.float32)
+    nodes = [
+        helper.make_node("Cast", ["pixel_values"], ["real"], to=inner),
+        helper.make_node("Transpose", ["real"], ["nchw"], perm=[0, 3, 1, 2])
+        if layout == "NHWC"
+        else helper.make_node("Identity", ["real"], ["nchw"]),
+        helper.make_node("Conv", ["nchw", "kernel"], ["maps"], strides=[2, 2], pads=[1, 1, 1, 1]),
+        helper.make_node("Relu", ["maps"], ["active"]),
+        helper.make_node("AveragePool", ["active"], ["means"], kernel_shape=[4, 4], strides=[4, 4]),
+        helper.make_node("Flatten", ["means"], ["flat"]),
+        helper.make_node("Gemm", ["flat", "head", "bias"], ["embedding"]),
+    ]
+    shape = [batch, 3, 16, 16] if layout == "NCHW" else [batch, 16, 16, 3]
+    output = ("embedding", [batch, 24]) if pooled else ("means", [batch, 8, 2, 2])
+    graph = helper.make_graph(
+        nodes,
+        "conv",
+        [helper.make_tensor_value_info("pixel_values", getattr(TensorProto, kind), shape)],
+        [helper.make_tensor_value_info(output[0], inner, output[1])],
+        [numpy_helper.from_array(value.astype(dtype), name) for name, value in weights.items()],
+    )
+    model = helper.make_model(graph, opset_imports=[helper.make_opsetid("", opset)], ir_version=8)
+    onnx.save(model, path)
+    if with_json:
+        scaling = {"mean": [0.5, 0.4, 0.3], "std": [0.25, 0.2, 0.3]}
+        text = json.dumps(stated or {"height": 16, "width": 16} | scaling)
+        path.with_suffix(".json").write_text(text)
+    return path
+
+
+@pytest.fixture(scope="session")
 def tiny_run(tmp_path_factory: pytest.TempPathFactory, grey_folder: Path) -> Path:
     """A real run of a small model on `grey_folder`."""
     import torch
 
-    from vsc_training.checkpoint import start_run
     from vsc_training.config import load_recipe
     from vsc_training.data import load_examples
     from vsc_training.fit import fit
@@ -152,7 +210,6 @@ def tiny_run(tmp_path_factory: pytest.TempPathFactory, grey_folder: Path) -> Pat
     overrides += ["steps=300", "learning_rate=0.005", "precision=float32", "validation_share=0.2"]
     recipe = load_recipe("sparse", overrides)
     examples = load_examples(grey_folder)
-    start_run(run, recipe, examples, resume=False, force=False)
     fit(recipe, examples, run, device=torch.device("cpu"), name="bars")
     return run
 

@@ -12,8 +12,8 @@ from vsc_serve.errors import UsageError
 from vsc_serve.images import PixelSpec
 from vsc_training.config import load_recipe
 from vsc_training.data import Examples
-from vsc_training.fit import Trainer
 from vsc_training.model import DataSpec
+from vsc_training.trainer import Trainer
 
 _WARM_STEPS = 30
 """Steps before the clock starts: kernels are chosen, and the compiler is done."""

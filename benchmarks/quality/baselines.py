@@ -21,10 +21,10 @@ from vsc_training.config import Recipe
 from vsc_training.data import Examples
 from vsc_training.device import uses_bfloat16
 from vsc_training.feed import Feed
-from vsc_training.fit import parameter_groups
 from vsc_training.metrics import deterministic_code
 from vsc_training.model import VSC
 from vsc_training.step import draw_shown
+from vsc_training.trainer import parameter_groups
 
 AUXILIARY_WEIGHT: Final = 1.0
 """Weight of the loss that revives dead latents (Gao et al. 2024, appendix A.2, where it is 1/32).

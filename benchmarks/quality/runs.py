@@ -26,8 +26,8 @@ from vsc_serve.models import builtin_model
 from vsc_training.config import Recipe, load_recipe
 from vsc_training.data import Examples
 from vsc_training.feed import Feed
-from vsc_training.fit import Trainer
 from vsc_training.model import VSC
+from vsc_training.trainer import Trainer
 
 TAUS: Final = (0.5, 0.3, 0.2, 0.18, 0.1, 0.095, 0.05)
 """Spike thresholds at which one fitted VSC is measured.

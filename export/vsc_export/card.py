@@ -1,9 +1,9 @@
 """The model card: what a bundle's README.md says, from the figures that were measured."""
 
-from vsc_export.comparison import GUARD_BAND
 from vsc_export.dial import Rows, TauPoint
-from vsc_export.verify import Parity
+from vsc_export.parity import Parity
 from vsc_serve.bundle import Manifest
+from vsc_serve.options import GUARD_BAND
 from vsc_training.checkpoint import RunState
 
 

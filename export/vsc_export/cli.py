@@ -2,17 +2,19 @@
 
 import json
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any
+from typing import TYPE_CHECKING, Annotated
 
 import typer
 
 from vsc_serve.cli.options import DeviceOption, print_json
 from vsc_serve.console import require_extra, say
 from vsc_serve.errors import UsageError
+from vsc_training.threads import sleep_when_idle
 
 if TYPE_CHECKING:
+    from vsc_export.options import ExportOptions
+    from vsc_export.parity import Parity
     from vsc_export.topk import Overflow
-    from vsc_export.verify import Parity
     from vsc_export.write import Exported
 
 app = typer.Typer()
@@ -60,7 +62,9 @@ def export(
 ) -> None:
     """Write a run as a bundle of ONNX files, after proving that they compute the same."""
     require_extra("export", "torch", "onnx", "onnxscript")
+    sleep_when_idle()
     from vsc_export.dial import parse_goal
+    from vsc_export.options import ExportOptions
     from vsc_export.precision import parse_precision
     from vsc_export.triton import REPOSITORY
     from vsc_export.write import export_bundle
@@ -71,19 +75,19 @@ def export(
     check_output(out, BUNDLE_FOLDER, force=force, inputs=given)
     if triton is not None:
         check_output(triton, REPOSITORY, force=force, inputs=[*given, out])
-    options: dict[str, Any] = {
-        "tau": _chosen_tau(tau, calibrate_tau),
-        "name": name,
-        "opset": opset,
-        "precision": parse_precision(precision),
-        "active": parse_goal(calibrate_tau) if calibrate_tau else None,
-        "calibration": calibration,
-        "top_k": top_k,
-        "about": about.read_text(encoding="utf-8") if about else "",
-        "allow_collapsed": allow_collapsed,
-    }
+    options = ExportOptions(
+        tau=_chosen_tau(tau, calibrate_tau),
+        name=name,
+        opset=opset,
+        precision=parse_precision(precision),
+        active=parse_goal(calibrate_tau) if calibrate_tau else None,
+        calibration=calibration,
+        top_k=top_k,
+        about=about.read_text(encoding="utf-8") if about else "",
+        allow_collapsed=allow_collapsed,
+    )
     if backbone is None:
-        done = export_bundle(run, out, **options)
+        done = export_bundle(run, out, options)
     else:
         done = _export_behind(backbone, run, out, options)
     parity, manifest = done.parity, done.manifest
@@ -130,14 +134,18 @@ def verify(
     rows: Annotated[
         int, typer.Option(help="Rows at most, evenly spread over the data.", min=1)
     ] = 10_000,
+    backbone: Annotated[
+        Path | None, typer.Option(help="ONNX image encoder inside the bundle, if it has one.")
+    ] = None,
     device: DeviceOption = "cpu",
     as_json: Annotated[bool, typer.Option("--json", help="Print the report as JSON.")] = False,
 ) -> None:
     """Measure on any data whether a bundle computes what its run was trained to."""
     require_extra("export", "torch", "onnx", "onnxscript")
+    sleep_when_idle()
     from vsc_export.verify import require_verified, verify_bundle
 
-    parity = verify_bundle(model, run, data, row_count=rows, device=device)
+    parity = verify_bundle(model, run, data, row_count=rows, backbone=backbone, device=device)
     if as_json:
         print_json(json.loads(parity.to_json()), indent=2)
     else:
@@ -160,16 +168,20 @@ def demo(
     run_demo(out, force=force)
 
 
-def _export_behind(file: Path, run: Path, out: Path, options: dict[str, Any]) -> "Exported":
+def _export_behind(file: Path, run: Path, out: Path, options: "ExportOptions") -> "Exported":
     """Export with a backbone in front, and say how the whole compares with its parts."""
     from vsc_export.backbone import export_with_backbone
 
-    done, found = export_with_backbone(run, out, file, **options)
+    done = export_with_backbone(run, out, file, options)
+    found = done.end_to_end
+    assert found is not None  # only an export without a backbone has none
     same = "the same bytes" if found.bytes_equal else "not the same in every bit"
     say(
         "backbone",
-        f"{sum(found.rows.values())} pictures x {len(found.comparisons)} settings, from pixels to"
-        f" codes: the same spikes; codes are {same} at every batch size",
+        f"{sum(found.rows.values())} images x {len(found.comparisons)} settings, from pixels to"
+        f" codes: {found.flips_outside_band} spikes flipped outside the band of"
+        f" {found.rule.tolerance.guard_band:g}, {found.flips_inside_band} inside, values within"
+        f" {found.max_value_error:.1e}; codes are {same} at every batch size",
     )
     return done
 

@@ -10,12 +10,27 @@ from numpy.typing import NDArray
 
 from vsc_export.graphs import DecoderGraph, EncoderGraph
 from vsc_serve.codes import threshold_logit
+from vsc_serve.options import GUARD_BAND
 from vsc_training.model import VSC
 
-GUARD_BAND: Final = 1e-4
-"""Distance of a spike logit from the threshold below which float noise may decide."""
+VALUE_TOLERANCE: Final = 1e-4
+"""Largest difference of a code's value, and of a decoded pixel or a vector's scaled dimension."""
 
 _CHUNK_ROWS: Final = 512
+
+
+@dataclass(frozen=True, kw_only=True)
+class Tolerance:
+    """How far an engine may be from the trained model before its codes are other codes."""
+
+    guard_band: float
+    """Distance of a spike logit from the threshold up to which rounding may decide."""
+    value: float
+    """Largest difference of a value that is active on both sides."""
+
+
+FLOAT32: Final = Tolerance(guard_band=GUARD_BAND, value=VALUE_TOLERANCE)
+"""Tolerance of a program that computes in float32 from end to end."""
 
 
 @dataclass(frozen=True)
@@ -37,10 +52,9 @@ class Truth:
         )
         return is_on
 
-    @property
-    def is_near(self) -> NDArray[np.bool_]:
-        """Which spikes float noise may decide."""
-        is_near: NDArray[np.bool_] = np.abs(self.spike_logit - self.limit) <= GUARD_BAND
+    def is_near(self, band: float = GUARD_BAND) -> NDArray[np.bool_]:
+        """Return which spikes lie within a band around the threshold, where rounding may decide."""
+        is_near: NDArray[np.bool_] = np.abs(self.spike_logit - self.limit) <= band
         return is_near
 
     @property
@@ -79,13 +93,17 @@ class Comparison:
     csr_equal: bool
     """Whether the compacting graph gave the entries of the dense codes, to the byte."""
 
-    def __str__(self) -> str:
+    @property
+    def where(self) -> str:
+        """The setting, for people: `batch 7, 2 threads on onnxruntime 1.32.0 cpu`."""
         order = ", other order" if self.is_permuted else ""
+        return f"batch {self.batch_size}, {self.threads} threads{order} on {self.engine}"
+
+    def __str__(self) -> str:
         return (
-            f"batch {self.batch_size}, {self.threads} threads{order} on {self.engine}:"
-            f" {self.flips_outside_band} of {self.decisions} spikes flipped outside the band,"
-            f" {self.flips_inside_band} inside; logits within {self.max_logit_error:.1e}, values"
-            f" within {self.max_value_error:.1e}"
+            f"{self.where}: {self.flips_outside_band} of {self.decisions} spikes flipped outside"
+            f" the band, {self.flips_inside_band} inside; logits within"
+            f" {self.max_logit_error:.1e}, values within {self.max_value_error:.1e}"
         )
 
 
@@ -140,6 +158,7 @@ def compare(
     setting: Setting,
     *,
     csr_equal: bool,
+    guard_band: float = GUARD_BAND,
 ) -> Comparison:
     """Compare spikes and values. NaN in a result is an infinite difference.
 
@@ -149,10 +168,11 @@ def compare(
         spike_logit: Its spike logits, shape (rows, latents).
         setting: How it was asked.
         csr_equal: Whether the compacting graph gave the same entries.
+        guard_band: Distance of a logit from the threshold up to which rounding may decide.
     """
     is_on, was_on = code != 0, truth.is_on
     flipped = is_on != was_on
-    is_near = truth.is_near
+    is_near = truth.is_near(guard_band)
     return Comparison(
         engine=setting.engine,
         batch_size=setting.batch_size,

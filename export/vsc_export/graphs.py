@@ -20,7 +20,8 @@ from torch import Tensor, nn
 
 from vsc_serve.codes import threshold_logit
 from vsc_serve.errors import ExportError
-from vsc_training.model import LOGVAR_RANGE, SPIKE_LOGIT_LIMIT, VSC
+from vsc_training.model import LOGVAR_RANGE, SPIKE_LOGIT_LIMIT, VSC, DataSpec
+from vsc_training.onnx_graph import find_fault
 
 TAU_INPUT: Final = "tau_logit"
 """Input of the encoder that has a default: ln(tau / (1 - tau))."""
@@ -103,7 +104,7 @@ def encoder_graph(
     Raises:
         ExportError: A layer does not export.
     """
-    rows = example_rows(model, _EXAMPLE_BATCH)
+    rows = example_rows(model.data, _EXAMPLE_BATCH)
     limit = torch.tensor(threshold_logit(tau))
     modality = model.data.modality
     batch = torch.export.Dim("batch")
@@ -130,11 +131,11 @@ def decoder_graph(model: VSC, opset: int) -> onnx.ModelProto:
     )
 
 
-def example_rows(model: VSC, count: int) -> Tensor:
-    """Return rows of the right shape and type for the encoder graph; random, from a fixed seed."""
+def example_rows(data: DataSpec, count: int) -> Tensor:
+    """Return rows of the right shape and type for an encoder graph; random, from a fixed seed."""
     rng = np.random.default_rng(0)
-    shape = (count, *model.data.shape)
-    if model.data.modality == "image":
+    shape = (count, *data.shape)
+    if data.modality == "image":
         return torch.from_numpy(rng.integers(0, 256, shape, dtype=np.uint8))
     return torch.from_numpy(rng.normal(size=shape).astype(np.float32))
 
@@ -196,31 +197,16 @@ def strip_provenance(proto: onnx.ModelProto) -> onnx.ModelProto:
 
 
 def check_graph(proto: onnx.ModelProto) -> onnx.ModelProto:
-    """Return the graph when it is valid and no node draws random numbers.
-
-    Raises:
-        ExportError: It is not.
-    """
-    _check_valid(proto)
-    random_nodes = {
-        node.op_type
-        for node in proto.graph.node
-        if node.op_type.startswith("Random") or node.op_type in ("Bernoulli", "Multinomial")
-    }
-    if random_nodes:
-        raise ExportError(
-            f"the exported graph draws random numbers ({', '.join(sorted(random_nodes))})"
-        )
+    """Return the graph when it is valid and no node draws random numbers. Raises ExportError."""
+    _require_sound(proto)
     return proto
 
 
 def check_file(path: Path) -> None:
     """Check a graph with its weights as they lie on the disk. Raises ExportError."""
-    _check_valid(str(path))
+    _require_sound(str(path))
 
 
-def _check_valid(graph: onnx.ModelProto | str) -> None:
-    try:
-        onnx.checker.check_model(graph, full_check=True)
-    except (onnx.checker.ValidationError, onnx.shape_inference.InferenceError) as error:
-        raise ExportError(f"the exported graph is not valid ONNX ({error})") from error
+def _require_sound(graph: onnx.ModelProto | str) -> None:
+    if fault := find_fault(graph):
+        raise ExportError(f"the exported graph {fault}")

@@ -14,13 +14,16 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
-from vsc_export.comparison import GUARD_BAND, exact_encoder
+from vsc_export.comparison import exact_encoder
 from vsc_export.graphs import EncoderGraph
 from vsc_serve.codes import threshold_logit
+from vsc_serve.images import PixelSpec
+from vsc_serve.options import GUARD_BAND
 from vsc_training.model import VSC
 
 NOISE_COUNT: Final = 64
 PUSHED_COUNT: Final = 60
+_BACKBONE_NOISE_COUNT: Final = 16
 OFFSETS: Final = (0.0, 2 * GUARD_BAND, -2 * GUARD_BAND)
 """Where a pushed logit shall stand, from the threshold."""
 
@@ -43,15 +46,41 @@ def parity_inputs(
     """
     shape = model.data.shape
     if model.data.modality == "image":
-        noise: NDArray[Any] = rng.integers(0, 256, (NOISE_COUNT, *shape), dtype=np.uint8)
-        levels: Sequence[float] = (0, 1, 127, 128, 254, 255)
-        constants: NDArray[Any] = np.stack([np.full(shape, level, np.uint8) for level in levels])
+        noise: NDArray[Any] = _noise(NOISE_COUNT, shape, rng)
+        constants: NDArray[Any] = _constants(shape, (0, 1, 127, 128, 254, 255))
     else:
         deviation = examples.std() if len(examples) else 1.0
         noise = rng.normal(scale=deviation, size=(NOISE_COUNT, *shape)).astype(np.float32)
         constants = np.stack([np.full(shape, level, np.float32) for level in (0.0, 1.0, -1.0)])
     pushed = push_to_threshold(model, examples[:: max(1, len(examples) // PUSHED_COUNT)], tau)
     return {"examples": examples, "noise": noise, "constants": constants, "pushed": pushed}
+
+
+def image_inputs(
+    examples: NDArray[np.uint8] | None, spec: PixelSpec, rng: np.random.Generator
+) -> dict[str, NDArray[Any]]:
+    """Return the images that parity is measured on behind a backbone, by kind.
+
+    None is pushed onto the threshold: a backbone has no gradient here.
+
+    Args:
+        examples: Real images; None where the run has kept none.
+        spec: What an image is.
+        rng: Source of the noise.
+    """
+    made = {
+        "noise": _noise(_BACKBONE_NOISE_COUNT, spec.shape, rng),
+        "constants": _constants(spec.shape, (0, 127, 255)),
+    }
+    return made if examples is None else {"examples": examples} | made
+
+
+def _noise(count: int, shape: tuple[int, ...], rng: np.random.Generator) -> NDArray[np.uint8]:
+    return rng.integers(0, 256, (count, *shape), dtype=np.uint8)
+
+
+def _constants(shape: tuple[int, ...], levels: Sequence[int]) -> NDArray[np.uint8]:
+    return np.stack([np.full(shape, level, np.uint8) for level in levels])
 
 
 def push_to_threshold(model: VSC, examples: NDArray[Any], tau: float) -> NDArray[Any]:

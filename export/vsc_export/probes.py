@@ -14,11 +14,11 @@ import numpy as np
 from numpy.typing import NDArray
 from PIL import Image
 
-from vsc_export.comparison import GUARD_BAND
-from vsc_export.verify import run_encoder
+from vsc_export.settings import run_encoder
 from vsc_serve.bundle import ENCODER, Precision, Probe
 from vsc_serve.codes import dense_to_csr, threshold_logit
 from vsc_serve.images import PixelSpec, read_pixels
+from vsc_serve.options import GUARD_BAND
 from vsc_serve.session import Session, open_session
 from vsc_training.model import VSC, DataSpec
 

@@ -16,12 +16,13 @@ from vsc_export.comparison import exact_codes
 from vsc_export.dial import Rows, TauPoint, calibrate_tau, measure_front
 from vsc_export.graphs import check_file, decoder_graph
 from vsc_export.metadata import describe_model, signature, stamp
+from vsc_export.options import DEFAULT, ExportOptions
+from vsc_export.parity import Parity, measure_parity, require_parity
 from vsc_export.parity_inputs import parity_inputs
 from vsc_export.precision import encoder_in
 from vsc_export.probes import write_probes
 from vsc_export.shapes import check_shapes
 from vsc_export.topk import Overflow, add_topk
-from vsc_export.verify import Parity, measure_parity, require_parity
 from vsc_serve.atomic import atomic_folder
 from vsc_serve.bundle import (
     BUNDLE_FOLDER,
@@ -32,10 +33,8 @@ from vsc_serve.bundle import (
     MANIFEST,
     GraphSignature,
     Manifest,
-    Precision,
     sha256,
 )
-from vsc_serve.codes import threshold_logit
 from vsc_serve.errors import ExportError
 from vsc_serve.session import open_session
 from vsc_training.checkpoint import Checkpoint, load_checkpoint, load_samples
@@ -43,7 +42,6 @@ from vsc_training.evaluation.dataset import load_labelled
 from vsc_training.metrics import Health, find_collapse
 from vsc_training.model import VSC
 
-OPSET: Final = 20
 WEIGHTS: Final = "weights.bin"
 PARITY: Final = "parity.json"
 CARD: Final = "README.md"
@@ -64,87 +62,66 @@ class Exported:
     """What each setting of tau costs and keeps."""
     overflow: Overflow | None = None
     """What the graph with fixed places could not hold, where one was asked for."""
+    end_to_end: Parity | None = None
+    """Comparison from pixels to codes, where a backbone is in front of the model."""
 
 
-def export_bundle(
-    run: Path,
-    out: Path,
-    *,
-    tau: float = 0.5,
-    name: str | None = None,
-    opset: int = OPSET,
-    precision: Precision = "float32",
-    active: float | None = None,
-    calibration: Path | None = None,
-    top_k: int | None = None,
-    about: str = "",
-    allow_collapsed: bool = False,
-) -> Exported:
+def export_bundle(run: Path, out: Path, options: ExportOptions = DEFAULT) -> Exported:
     """Turn a run into a bundle. Nothing appears under `out` unless every check passes.
 
     Args:
         run: Folder that `vsc train` wrote.
         out: Folder to write.
-        tau: Spike threshold that becomes the model's own; callers may still override it.
-        name: Name of the model; the run's name when None.
-        opset: ONNX operator set.
-        precision: Of the encoder's layers; the spike head is float32 in all of them.
-        active: Active latents per row: tau is chosen so that calibration rows have as many.
-        calibration: Data for the choice of tau, for int8 and for the model card's front; None
-            takes the examples that the run kept.
-        top_k: Places a row of an encoder with fixed shapes, written as well when given.
-        about: What its maker says of the model, Markdown for the top of the model card.
-        allow_collapsed: Export a model whose figures say that it has collapsed.
+        options: What is asked for.
 
     Raises:
         ExportError: The model has collapsed, does not export, or the export does not compute the
             same.
-        UsageError: No checkpoint in `run`, `tau` is out of range, or no tau gives `active`.
+        UsageError: No checkpoint in `run`, or no tau gives the active latents that are asked for.
         InputError: The calibration data cannot be used.
     """
-    threshold_logit(tau)  # a bad tau is refused before anything is built
     checkpoint = load_checkpoint(run)
-    _refuse_collapsed(checkpoint, run, allow_collapsed=allow_collapsed)
+    _refuse_collapsed(checkpoint, run, options)
     model = checkpoint.build_model()
     samples = load_samples(run)
-    measured = _measured_rows(model, samples, calibration)
-    if active is not None:
-        tau = calibrate_tau(exact_codes(model, measured.rows, tau).spike_logit, active)
-    facts = describe_model(model, name or checkpoint.state.name, tau, precision)
+    measured = _measured_rows(model, samples, options.calibration)
+    tau, precision = _chosen_tau(model, measured, options), options.precision
+    name = options.name or checkpoint.state.name
+    facts = describe_model(model, name, tau, precision)
     with atomic_folder(out, BUNDLE_FOLDER) as folder:
-        encoder = encoder_in(precision, model, tau, opset, measured.rows)
-        graphs = save_graphs(encoder, decoder_graph(model, opset), folder, facts)
+        encoder = encoder_in(precision, model, tau, options.opset, measured.rows)
+        graphs = save_graphs(encoder, decoder_graph(model, options.opset), folder, facts)
         check_shapes(model, folder)
         inputs = parity_inputs(model, samples, tau, np.random.default_rng(0))
         parity = measure_parity(model, folder, tau, inputs, precision=precision)
         require_parity(parity)
         overflow = None
-        if top_k is not None:
+        if options.top_k is not None:
             rows = np.concatenate(list(inputs.values()))
-            graphs[ENCODER_TOPK], overflow = add_topk(folder, top_k, rows, facts)
+            graphs[ENCODER_TOPK], overflow = add_topk(folder, options.top_k, rows, facts)
         (folder / PARITY).write_text(parity.to_json(), encoding="utf-8")
         front = _measure_front(model, folder, measured, tau)
         manifest = _manifest(
             checkpoint,
             folder,
-            name=name or checkpoint.state.name,
+            name=name,
             tau=tau,
             active=_own_active(checkpoint, front, tau),
-            opset=opset,
+            opset=options.opset,
             precision=precision,
             graphs=graphs,
             probes=write_probes(model, model.data, folder, tau, precision),
         )
-        card = model_card(checkpoint.state, manifest, parity, front, measured, about)
+        card = model_card(checkpoint.state, manifest, parity, front, measured, options.about)
         (folder / CARD).write_text(card, encoding="utf-8")
         manifest.files[CARD] = sha256(folder / CARD)
         (folder / MANIFEST).write_text(manifest.to_json(), encoding="utf-8")
     return Exported(out, manifest, parity, front, overflow)
 
 
-def _refuse_collapsed(checkpoint: Checkpoint, run: Path, *, allow_collapsed: bool) -> None:
+def _refuse_collapsed(checkpoint: Checkpoint, run: Path, options: ExportOptions) -> None:
     reason = find_collapse(Health(**checkpoint.state.figures), checkpoint.state.recipe)
-    if reason and not allow_collapsed:
+    if reason and not options.allow_collapsed:
         raise ExportError(f"{run}: the model has collapsed: {reason}. Or pass --allow-collapsed.")
 
 
@@ -154,6 +131,13 @@ def _measured_rows(model: VSC, samples: NDArray[Any], calibration: Path | None) 
         return Rows(samples, None, "examples of the training data").thinned()
     found = load_labelled(calibration, model.data)
     return Rows(found.examples.rows, found.labels, "the calibration data").thinned()
+
+
+def _chosen_tau(model: VSC, measured: Rows, options: ExportOptions) -> float:
+    if options.active is None:
+        return options.tau
+    truth = exact_codes(model, measured.rows, options.tau)
+    return calibrate_tau(truth.spike_logit, options.active)
 
 
 def save_graphs(

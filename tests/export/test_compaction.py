@@ -41,7 +41,7 @@ def test_the_entries_are_those_of_the_dense_codes_at_every_batch_size(
     dense = onnxruntime.InferenceSession(encoder.SerializeToString())
     csr = onnxruntime.InferenceSession(compacting.SerializeToString())
     for count in (0, 1, 2, 7, 33):
-        rows = {model.data.modality: example_rows(model, count).numpy()}
+        rows = {model.data.modality: example_rows(model.data, count).numpy()}
         expected = dense_to_csr(dense.run(["code"], rows)[0])
         values, indices, row_counts = csr.run(None, rows)
         assert values.tobytes() == expected.data.tobytes()
@@ -63,7 +63,7 @@ def test_a_mean_of_exactly_zero_is_no_entry_and_nan_stays_visible(random_model: 
     session = onnxruntime.InferenceSession(
         csr_graph(encoder_graph(model, 0.5, 20)).SerializeToString()
     )
-    values, indices, row_counts = session.run(None, {"image": example_rows(model, 2).numpy()})
+    values, indices, row_counts = session.run(None, {"image": example_rows(model.data, 2).numpy()})
     assert indices.tolist() == [3, 3]
     assert row_counts.tolist() == [1, 1]
     assert np.isnan(values).all()

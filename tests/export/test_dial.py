@@ -8,6 +8,7 @@ import pytest
 from PIL import Image
 
 from vsc_export.dial import Rows, calibrate_tau, measure_front, parse_goal
+from vsc_export.options import ExportOptions
 from vsc_export.write import export_bundle
 from vsc_serve.codes import threshold_logit
 from vsc_serve.encoder import Encoder
@@ -72,7 +73,7 @@ def test_an_export_for_an_active_count_is_calibrated_on_the_data_it_is_given(
     tiny_run: Path, tmp_path: Path, grey_folder: Path
 ) -> None:
     done = export_bundle(
-        tiny_run, tmp_path / "out", active=5.0, calibration=grey_folder, name="five"
+        tiny_run, tmp_path / "out", ExportOptions(active=5.0, calibration=grey_folder, name="five")
     )
     assert done.manifest.active == pytest.approx(5.0, rel=0.02)
     codes = Encoder.open(tmp_path / "out", device="cpu").encode(load_samples(tiny_run))
@@ -94,11 +95,11 @@ def test_the_card_shows_the_front(tiny_bundle: Path) -> None:
 def test_calibration_data_of_another_shape_is_refused(tiny_run: Path, tmp_path: Path) -> None:
     np.save(tmp_path / "rows.npy", np.arange(225, dtype=np.uint8).reshape(9, 5, 5))
     with pytest.raises(InputError, match=r"rows\.npy: found grey images of 5x5, but the model"):
-        export_bundle(tiny_run, tmp_path / "out", calibration=tmp_path / "rows.npy")
+        export_bundle(tiny_run, tmp_path / "out", ExportOptions(calibration=tmp_path / "rows.npy"))
     folder = tmp_path / "pictures"
     folder.mkdir()
     Image.new("L", (8, 8)).save(folder / "a.png")
     (folder / "a.png").write_bytes(b"no picture")
     with pytest.raises(InputError, match="none of 1 image files can be read"):
-        export_bundle(tiny_run, tmp_path / "out", calibration=folder)
+        export_bundle(tiny_run, tmp_path / "out", ExportOptions(calibration=folder))
     assert not (tmp_path / "out").exists()

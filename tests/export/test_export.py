@@ -12,8 +12,9 @@ import onnxruntime
 import pytest
 import torch
 
-from vsc_export import verify, write
+from vsc_export import parity, write
 from vsc_export.graphs import EncoderGraph, decoder_graph, encoder_graph, example_rows
+from vsc_export.options import ExportOptions
 from vsc_export.write import export_bundle
 from vsc_serve.bundle import open_bundle
 from vsc_serve.codes import threshold, threshold_logit
@@ -121,7 +122,7 @@ def test_the_graph_applies_a_strict_threshold_and_never_gives_minus_zero(
     for head, values in ((model.spike_head, logit), (graph.mu_head, mu)):
         torch.nn.init.zeros_(head.weight)
         head.bias.data[:4] = values
-    code = graph(example_rows(model, 1), torch.tensor(0.25))[0][:, :4]
+    code = graph(example_rows(model.data, 1), torch.tensor(0.25))[0][:, :4]
     assert code.tolist() == [[0.0, 0.0, -0.5, 0.0]]
     assert not torch.signbit(code[0, [0, 1, 3]]).any()
 
@@ -138,7 +139,7 @@ def test_every_form_of_the_model_exports_with_a_free_batch(
     encoder = onnxruntime.InferenceSession(tmp_path / "encoder.onnx")
     decoder = onnxruntime.InferenceSession(tmp_path / "decoder.onnx")
     for count in (0, 1, 2, 7, 33):
-        rows = example_rows(model, count)
+        rows = example_rows(model.data, count)
         with torch.no_grad():
             expected = EncoderGraph(model)(rows, torch.tensor(0.0))
         found = encoder.run(None, {model.data.modality: rows.numpy()})
@@ -164,7 +165,7 @@ def test_the_tau_input_has_a_default_and_is_overridable(tiny_bundle: Path) -> No
 def test_a_failed_parity_writes_nothing(
     tiny_run: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(verify, "VALUE_TOLERANCE", -1.0)
+    monkeypatch.setattr(parity, "VALUE_TOLERANCE", -1.0)
     with pytest.raises(ExportError, match="does not compute what was trained"):
         export_bundle(tiny_run, tmp_path / "out")
     assert list(tmp_path.iterdir()) == []
@@ -182,12 +183,12 @@ def test_a_collapsed_model_is_refused_unless_asked_for(tiny_run: Path, tmp_path:
     with pytest.raises(ExportError, match=r"collapsed: codes are empty .* --allow-collapsed"):
         export_bundle(run, tmp_path / "out")
     assert not (tmp_path / "out").exists()
-    assert export_bundle(run, tmp_path / "out", allow_collapsed=True).path.is_dir()
+    assert export_bundle(run, tmp_path / "out", ExportOptions(allow_collapsed=True)).path.is_dir()
 
 
 def test_a_tau_out_of_range_and_a_missing_run_are_refused(tiny_run: Path, tmp_path: Path) -> None:
     with pytest.raises(UsageError, match="tau must be above 0 and below 1"):
-        export_bundle(tiny_run, tmp_path / "out", tau=1.0)
+        export_bundle(tiny_run, tmp_path / "out", ExportOptions(tau=1.0))
     with pytest.raises(UsageError, match="Train first"):
         export_bundle(tmp_path, tmp_path / "out")
 
@@ -234,7 +235,7 @@ def test_tau_is_stored_as_the_float32_that_is_compared(random_model: MakeModel) 
 def test_a_bundle_for_another_tau_says_how_many_latents_are_active_there(
     tiny_run: Path, tiny_bundle: Path, tmp_path: Path, pixels: np.ndarray
 ) -> None:
-    manifest = export_bundle(tiny_run, tmp_path / "out", tau=0.2).manifest
+    manifest = export_bundle(tiny_run, tmp_path / "out", ExportOptions(tau=0.2)).manifest
     assert manifest.tau == 0.2
     assert manifest.active > open_bundle(tiny_bundle).manifest.active
     codes = Encoder.open(tmp_path / "out", device="cpu").encode(pixels)

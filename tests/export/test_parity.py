@@ -10,13 +10,17 @@ import onnx
 import pytest
 import torch
 
-from vsc_export import graphs, verify
+from vsc_export import graphs, settings
 from vsc_export.compaction import csr_graph
-from vsc_export.comparison import GUARD_BAND, Setting, Truth, compare, exact_codes
-from vsc_export.graphs import EncoderGraph, decoder_graph, encoder_graph
+from vsc_export.comparison import Setting, Truth, compare, exact_codes
+from vsc_export.fidelity import GATES
+from vsc_export.graphs import EncoderGraph, decoder_graph, encoder_graph, example_rows
+from vsc_export.parity import Parity, measure_parity, require_parity
 from vsc_export.parity_inputs import OFFSETS, parity_inputs, push_to_threshold
-from vsc_export.verify import Parity, measure_parity, require_parity
+from vsc_export.precision import encoder_in, parse_precision
+from vsc_serve.bundle import Precision
 from vsc_serve.errors import ExportError
+from vsc_serve.options import GUARD_BAND
 from vsc_serve.session import open_session
 from vsc_training.checkpoint import load_checkpoint, load_samples
 from vsc_training.model import VSC
@@ -44,8 +48,10 @@ def save_graphs(
     onnx.save(decoder_graph(model, 20), folder / "decoder.onnx")
 
 
-def measure(model: VSC, folder: Path, inputs: dict[str, np.ndarray]) -> Parity:
-    return measure_parity(model, folder, 0.5, inputs)
+def measure(
+    model: VSC, folder: Path, inputs: dict[str, np.ndarray], precision: Precision = "float32"
+) -> Parity:
+    return measure_parity(model, folder, 0.5, inputs, precision=precision)
 
 
 def test_the_report_says_what_was_compared(tiny_bundle: Path) -> None:
@@ -123,6 +129,26 @@ def test_a_compacting_graph_that_gives_other_entries_fails(
     assert "encoder_csr.onnx gives other entries than encoder.onnx" in parity.failures[0]
 
 
+@pytest.mark.slow
+@pytest.mark.parametrize("kind", ["image", "vector", "fp16", "int8"])
+def test_sparse_rows_that_are_not_those_of_the_dense_codes_fail_in_every_kind_of_bundle(
+    kind: str, tmp_path: Path, random_model: MakeModel, break_csr: Callable[[str], None]
+) -> None:
+    """A moved row boundary, a shifted index, a lost row, a changed bit; see also test_backbone."""
+    model = random_model(vectors=kind == "vector")
+    rows = example_rows(model.data, 40).numpy()
+    precision = parse_precision(kind) if kind in GATES else "float32"
+    save_graphs(tmp_path, model, encoder_in(precision, model, 0.5, 20, rows))
+    inputs = parity_inputs(model, rows, 0.5, np.random.default_rng(0))
+    gates = measure(model, tmp_path, inputs, precision).failures
+    break_csr(model.data.modality)
+    failures = measure(model, tmp_path, inputs, precision).failures
+    found = [line for line in failures if line not in gates]
+    assert len(found) == 2
+    assert all(line.startswith("batch 7, ") for line in found)
+    assert all("encoder_csr.onnx gives other entries than encoder.onnx" in line for line in found)
+
+
 def other_sign(model: VSC) -> onnx.ModelProto:
     """An encoder that gives all values with the other sign."""
     proto = encoder_graph(model, 0.5, 20)
@@ -154,10 +180,10 @@ class FickleCard(Fickle):
 def test_codes_that_depend_on_the_batch_fail_on_a_cpu_and_are_reported_on_a_card(
     tiny_bundle: Path, model: VSC, inputs: dict[str, np.ndarray], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(verify, "open_session", Fickle)
+    monkeypatch.setattr(settings, "open_session", Fickle)
     parity = measure(model, tiny_bundle, inputs)
     assert parity.failures == ["codes change with batch size, order of the rows or thread count"]
-    monkeypatch.setattr(verify, "open_session", FickleCard)
+    monkeypatch.setattr(settings, "open_session", FickleCard)
     parity = measure(model, tiny_bundle, inputs)
     assert not parity.bytes_equal
     assert not parity.failures

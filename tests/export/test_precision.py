@@ -14,6 +14,7 @@ from vsc_export import fidelity
 from vsc_export.comparison import exact_codes
 from vsc_export.fidelity import GATES, Fidelity, Gate, neighbours_kept
 from vsc_export.graphs import example_rows
+from vsc_export.options import ExportOptions
 from vsc_export.precision import encoder_in, parse_precision
 from vsc_export.write import export_bundle
 from vsc_serve.bundle import Precision, open_bundle
@@ -77,7 +78,7 @@ def test_a_convolutional_encoder_is_quantised_and_computes_nearly_the_same(
     random_model: Callable[..., VSC],
 ) -> None:
     model = random_model("conv")
-    rows = example_rows(model, 40).numpy()
+    rows = example_rows(model.data, 40).numpy()
     encoder = encoder_in("int8", model, 0.5, 20, rows)
     session = onnxruntime.InferenceSession(encoder.SerializeToString())
     kinds = {node.op_type for node in encoder.graph.node}
@@ -101,7 +102,7 @@ def test_nothing_quantised_enters_the_spike_head(tiny_run: Path) -> None:
 def test_a_variant_is_a_bundle_with_its_own_report(
     precision: Precision, tiny_run: Path, tmp_path: Path, loose_gates: None
 ) -> None:
-    done = export_bundle(tiny_run, tmp_path / "out", precision=precision)
+    done = export_bundle(tiny_run, tmp_path / "out", ExportOptions(precision=precision))
     assert open_bundle(tmp_path / "out").manifest.precision == precision
     report = json.loads((tmp_path / "out" / "parity.json").read_text())
     assert report["precision"] == precision
@@ -119,7 +120,7 @@ def test_a_variant_is_the_same_bytes_every_time(
     tiny_run: Path, tmp_path: Path, loose_gates: None
 ) -> None:
     for name in ("one", "two"):
-        export_bundle(tiny_run, tmp_path / name, precision="int8")
+        export_bundle(tiny_run, tmp_path / name, ExportOptions(precision="int8"))
     for path in (tmp_path / "one").iterdir():
         if path.is_file():
             assert path.read_bytes() == (tmp_path / "two" / path.name).read_bytes()
@@ -132,7 +133,7 @@ def test_a_variant_beyond_its_gate_is_not_written(
     strict = dataclasses.replace(GATES[precision], min_support_jaccard=1.5)
     monkeypatch.setitem(fidelity.GATES, precision, strict)
     with pytest.raises(ExportError, match=rf"{precision}: support Jaccard is .* must be >= 1\.5"):
-        export_bundle(tiny_run, tmp_path / "out", precision=precision)
+        export_bundle(tiny_run, tmp_path / "out", ExportOptions(precision=precision))
     assert list(tmp_path.iterdir()) == []
 
 

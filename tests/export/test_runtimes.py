@@ -17,11 +17,12 @@ import torch
 from numpy.typing import NDArray
 from onnx.reference import ReferenceEvaluator
 
+from vsc_export.comparison import VALUE_TOLERANCE
 from vsc_export.graphs import TAU_INPUT, encoder_graph, example_rows
-from vsc_export.verify import GUARD_BAND, VALUE_TOLERANCE
 from vsc_serve.bundle import ENCODER, ENCODER_CSR
 from vsc_serve.codes import build_csr, threshold_logit
 from vsc_serve.images import PixelSpec, read_pixels
+from vsc_serve.options import GUARD_BAND
 from vsc_training.config import load_recipe
 from vsc_training.model import VSC, DataSpec
 
@@ -88,7 +89,9 @@ def small_model(network: str, *, vectors: bool = False) -> VSC:
 def graph_and_rows(request: pytest.FixtureRequest) -> tuple[onnx.ModelProto, dict[str, Any]]:
     network, vectors = request.param
     model = small_model(network, vectors=vectors)
-    return encoder_graph(model, 0.5, 20), {model.data.modality: example_rows(model, 40).numpy()}
+    return encoder_graph(model, 0.5, 20), {
+        model.data.modality: example_rows(model.data, 40).numpy()
+    }
 
 
 def disagreements(one: Outputs, other: Outputs, limit: np.float32) -> list[str]:
@@ -130,7 +133,7 @@ def test_without_a_tau_a_runtime_applies_the_one_that_was_built_in(
 
 def test_the_rule_sees_a_shifted_threshold_and_a_changed_value() -> None:
     model = small_model("mlp")
-    graph, rows = encoder_graph(model, 0.5, 20), {"image": example_rows(model, 40).numpy()}
+    graph, rows = encoder_graph(model, 0.5, 20), {"image": example_rows(model.data, 40).numpy()}
     limit = threshold_logit(0.5)
     expected = run_onnxruntime(graph, rows)
     shifted = run_onnxruntime(graph, rows | {TAU_INPUT: np.array(limit + np.float32(0.01))})

@@ -11,6 +11,7 @@ from numpy.typing import NDArray
 from onnx import TensorProto, helper
 
 from vsc_export import topk
+from vsc_export.options import ExportOptions
 from vsc_export.topk import TOPK_OUTPUTS, check_topk, keep_largest, topk_graph
 from vsc_export.write import export_bundle
 from vsc_serve.bundle import ENCODER_TOPK, open_bundle
@@ -97,7 +98,7 @@ def pixels(grey_folder: Path) -> NDArray[np.uint8]:
 @pytest.fixture(scope="module")
 def topk_bundle(tmp_path_factory: pytest.TempPathFactory, tiny_run: Path) -> Path:
     out = tmp_path_factory.mktemp("topk") / "bars"
-    done = export_bundle(tiny_run, out, top_k=PLACES)
+    done = export_bundle(tiny_run, out, ExportOptions(top_k=PLACES))
     assert done.overflow is not None
     assert done.overflow.rows > 200
     return out
@@ -146,7 +147,7 @@ def test_a_graph_that_keeps_other_entries_is_not_written(
 
     monkeypatch.setattr(topk, "keep_largest", keep_first)
     with pytest.raises(ExportError, match=r"encoder_topk.onnx: indices is not what encoder.onnx"):
-        export_bundle(tiny_run, tmp_path / "out", top_k=PLACES)
+        export_bundle(tiny_run, tmp_path / "out", ExportOptions(top_k=PLACES))
     assert list(tmp_path.iterdir()) == []
 
 

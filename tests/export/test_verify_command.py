@@ -8,6 +8,7 @@ import numpy as np
 import pytest
 
 from vsc_export.cli import export, verify
+from vsc_export.options import ExportOptions
 from vsc_export.write import export_bundle
 from vsc_serve.errors import BundleError, CheckFailed, InputError, UsageError
 from vsc_training.checkpoint import load_checkpoint, save_checkpoint
@@ -95,6 +96,6 @@ def test_export_takes_a_goal_or_a_tau_and_says_what_it_chose(
 def test_the_parity_line_of_a_variant_says_what_is_kept(
     tiny_run: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    export_bundle(tiny_run, tmp_path / "out", precision="fp16")
+    export_bundle(tiny_run, tmp_path / "out", ExportOptions(precision="fp16"))
     verify(tmp_path / "out", tiny_run)
     assert "supports agree to 1.0000, neighbours kept 1.000" in capsys.readouterr().err

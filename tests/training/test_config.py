@@ -63,11 +63,33 @@ def test_a_recipe_survives_its_own_toml(tmp_path: Path) -> None:
         ("weight_decay=-0.1", "weight_decay must be 0 or more, not -0.1"),
         ("weight_decay=700", "weight_decay must be below 666.667 (1 / learning_rate"),
         ("alpha", "expected key=value"),
+        ("seed=-1", "seed must be from 0 to 9223372036854775807, not -1"),
+        ("seed=18446744073709551616", "seed must be from 0 to 9223372036854775807, not 184467"),
+        ("latent_dim=2e9", "latent_dim must be a whole number, not 2000000000.0"),
+        ("hidden=99999999999", "hidden must be at most 2147483647, not 99999999999"),
+        ("layers=1001", "layers must be at most 1000, not 1001"),
+        ("network=dense", "network must be one of auto, mlp, conv, not 'dense'"),
     ],
 )
 def test_a_bad_override_says_what_and_what_to_do(override: str, message: str) -> None:
     with pytest.raises(UsageError, match=re.escape(message)):
         load_recipe("sparse", [override])
+
+
+@pytest.mark.parametrize("value", ["nan", "inf", "-inf", "1e400", "-1", "1e39", str(10**400)])
+@pytest.mark.parametrize("name", [field.name for field in fields(Recipe) if field.type is float])
+def test_no_number_of_a_recipe_may_be_nan_infinite_negative_or_too_large(
+    name: str, value: str
+) -> None:
+    with pytest.raises(UsageError, match=f"recipe: .*{name}.* must be "):
+        load_recipe("sparse", [f"{name}={value}"])
+
+
+@pytest.mark.parametrize("name", [field.name for field in fields(Recipe) if field.type is int])
+@pytest.mark.parametrize("value", ["-1", "nan", "inf", "true", "99999999999999999999999"])
+def test_no_whole_number_of_a_recipe_may_be_negative_or_too_large(name: str, value: str) -> None:
+    with pytest.raises(UsageError, match=f"recipe: {name} must be "):
+        load_recipe("sparse", [f"{name}={value}"])
 
 
 def test_a_number_may_be_written_without_its_zero() -> None:

@@ -8,6 +8,7 @@ from PIL import Image
 
 from vsc_serve.errors import InputError, UsageError
 from vsc_serve.sources import FileSource
+from vsc_training import memory
 from vsc_training.data import choose_pixel_spec, load_examples
 
 
@@ -64,6 +65,36 @@ def test_mixed_sizes_and_modes_become_one_square(tmp_path: Path) -> None:
     assert load_examples(tmp_path, size=16).rows.shape == (2, 16, 16, 3)
 
 
+@pytest.mark.parametrize("place", [0, 200, 260])
+def test_colour_after_hundreds_of_grey_images_is_not_made_grey(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture, place: int
+) -> None:
+    for number in range(260):
+        save_picture(tmp_path / f"{2 * number + 1:04}.png", "L", (4, 4), seed=number)
+    save_picture(tmp_path / f"{2 * place:04}.png", "RGB", (4, 4), seed=999)
+    rows = load_examples(tmp_path, size=8).rows
+    assert rows.shape == (261, 8, 8, 3)
+    assert len({rows[place, ..., channel].tobytes() for channel in range(3)}) == 3
+    has_warned = "is in colour and the 200 pictures before it are grey" in caplog.text
+    assert has_warned == (place == 200)
+
+
+def test_a_set_of_grey_images_stays_grey_however_large(tmp_path: Path) -> None:
+    for number in range(260):
+        save_picture(tmp_path / f"{number:04}.png", "L", (4, 4), seed=number)
+    assert load_examples(tmp_path, size=8).rows.shape == (260, 8, 8, 1)
+
+
+def test_pixels_that_do_not_fit_into_memory_are_refused_before_they_are_read(
+    picture_folder: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(memory, "free_bytes", lambda device: 12 * 64 - 1)
+    with pytest.raises(UsageError, match=r"12 images of 8x8 grey, crop take 0.0 GiB.*--size"):
+        load_examples(picture_folder)
+    monkeypatch.setattr(memory, "free_bytes", lambda device: 12 * 64)
+    assert len(load_examples(picture_folder).rows) == 12
+
+
 def test_arrays_of_pixels_and_of_vectors_are_read(tmp_path: Path) -> None:
     rng = np.random.default_rng(0)
     np.savez(
@@ -85,6 +116,11 @@ def test_arrays_of_pixels_and_of_vectors_are_read(tmp_path: Path) -> None:
     [
         (np.zeros((4, 5, 6), np.float32), "expected uint8 images"),
         (np.array([[0.0, np.nan], [1.0, 2.0]]), "1 rows hold NaN or infinity, the first is row 0"),
+        (
+            np.array([[0.0, 1.0], [1.0, -1e18], [1e18, 2.0]]),
+            "2 rows hold values beyond 1e\\+15, the f",
+        ),
+        (np.array([[1e18, np.nan], [1.0, 2.0]]), "1 rows hold NaN or infinity, the first is row 0"),
         (np.full((5, 4, 4), 9, np.uint8), "all 5 examples are alike"),
         (np.array(["a", "b"]), "expected uint8 images"),
     ],

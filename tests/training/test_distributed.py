@@ -11,7 +11,7 @@ import torch
 
 from vsc_serve.errors import UsageError
 from vsc_training.checkpoint import load_checkpoint
-from vsc_training.distributed import Group, mean_over_ranks
+from vsc_training.distributed import Group, joined_group, mean_over_ranks
 
 TERMS_OF_TWO_RANKS = """
 import sys
@@ -37,6 +37,8 @@ with joined_group(torch.device("cpu")) as (group, _):
     torch.testing.assert_close(averaged, whole.grad)
     Path(sys.argv[1], f"rank{group.rank}").touch()
 """
+
+ADDRESS = {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": "1"}
 
 
 def run_two(*arguments: str) -> subprocess.CompletedProcess[str]:
@@ -95,6 +97,41 @@ def test_a_batch_that_cannot_be_shared_evenly_is_refused() -> None:
     assert Group(1, 2).share(torch.arange(6)).tolist() == [1, 3, 5]
     with pytest.raises(UsageError, match="batch_size=128"):
         Group(0, 2).share(torch.arange(129))
+
+
+@pytest.mark.parametrize(
+    ("environment", "message"),
+    [
+        ({"WORLD_SIZE": "2"}, "WORLD_SIZE is 2, but RANK, MASTER_ADDR, MASTER_PORT are not set"),
+        ({"WORLD_SIZE": "2", "RANK": "0", "MASTER_ADDR": "x"}, "but MASTER_PORT is not set"),
+        ({"WORLD_SIZE": "two"}, "WORLD_SIZE is 'two', not a number from 1 on"),
+        ({"WORLD_SIZE": "0"}, "WORLD_SIZE is '0', not a number from 1 on"),
+        (
+            {"WORLD_SIZE": "2", "RANK": "2", "MASTER_ADDR": "x", "MASTER_PORT": "1"},
+            "RANK is 2, but",
+        ),
+        (
+            {"WORLD_SIZE": "2", "RANK": "", "MASTER_ADDR": "x", "MASTER_PORT": "1"},
+            "RANK is '', not",
+        ),
+    ],
+)
+def test_an_environment_that_describes_a_group_only_in_part_says_what_is_missing(
+    monkeypatch: pytest.MonkeyPatch, environment: dict[str, str], message: str
+) -> None:
+    for name in ("WORLD_SIZE", "RANK", "MASTER_ADDR", "MASTER_PORT"):
+        monkeypatch.delenv(name, raising=False)
+    for name, value in environment.items():
+        monkeypatch.setenv(name, value)
+    with pytest.raises(UsageError, match=message), joined_group(torch.device("cpu")):
+        pass
+
+
+def test_a_group_of_one_in_the_environment_is_no_group(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("WORLD_SIZE", "1")
+    monkeypatch.delenv("RANK", raising=False)
+    with joined_group(torch.device("cpu")) as (group, _):
+        assert group == Group()
 
 
 def test_a_single_process_means_its_own_mean() -> None:

@@ -13,7 +13,7 @@ from PIL import Image
 
 from vsc_serve.codes import threshold
 from vsc_serve.errors import InputError, UsageError
-from vsc_training.checkpoint import load_checkpoint, start_run
+from vsc_training.checkpoint import load_checkpoint
 from vsc_training.config import load_recipe
 from vsc_training.data import load_examples
 from vsc_training.evaluation import dataset
@@ -58,7 +58,6 @@ def vector_run(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, Path]:
     fields = ["latent_dim=12", "hidden=32", "pseudo_inputs=4", "batch_size=32", "alpha=0.25"]
     fields += ["steps=300", "learning_rate=0.005", "precision=float32", "on_collapse=warn"]
     recipe, examples = load_recipe("sparse", fields), load_examples(folder / "vectors.npz")
-    start_run(folder / "run", recipe, examples, resume=False, force=False)
     fit(recipe, examples, folder / "run", device=CPU, name="clusters")
     return folder / "run", folder / "vectors.npz"
 

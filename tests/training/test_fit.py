@@ -15,13 +15,14 @@ import torch
 
 from vsc_serve.errors import CheckFailed, DeviceError, InputError, UsageError
 from vsc_serve.images import PixelSpec
-from vsc_training.checkpoint import CHECKPOINT, load_checkpoint, save_checkpoint, start_run
+from vsc_training.checkpoint import CHECKPOINT, load_checkpoint, save_checkpoint
 from vsc_training.config import Recipe, load_recipe
 from vsc_training.data import Examples, load_examples
 from vsc_training.device import choose_device
-from vsc_training.fit import Trainer, fit
+from vsc_training.fit import fit
 from vsc_training.metrics import find_overfit
 from vsc_training.model import VSC, DataSpec, choose_network
+from vsc_training.trainer import Trainer
 
 CPU = torch.device("cpu")
 
@@ -61,7 +62,6 @@ def test_the_same_seed_gives_the_same_weights_and_another_seed_others(
     runs = {"a": 0, "b": 0, "c": 1}
     for name, seed in runs.items():
         recipe = small_recipe(f"seed={seed}")
-        start_run(tmp_path / name, recipe, examples, resume=False, force=False)
         fit(recipe, examples, tmp_path / name, device=CPU)
     a, b, c = (weights_of(tmp_path / name) for name in runs)
     assert all(torch.equal(a[key], b[key]) for key in a)
@@ -113,7 +113,6 @@ def test_a_collapsed_model_ends_the_run_with_figure_and_remedy(
 ) -> None:
     recipe = small_recipe("on_collapse=stop", "alpha=0.001", "sparsity_weight=1000", "steps=200")
     examples = load_examples(grey_folder)
-    start_run(tmp_path / "run", recipe, examples, resume=False, force=False)
     with pytest.raises(CheckFailed, match=r"collapsed at step \d+: codes are empty .* raise alpha"):
         fit(recipe, examples, tmp_path / "run", device=CPU)
 

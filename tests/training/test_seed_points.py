@@ -9,7 +9,6 @@ import pytest
 import torch
 
 from vsc_training.config import Recipe, load_recipe
-from vsc_training.fit import Trainer
 from vsc_training.metrics import deterministic_code, find_collapse, measure_health
 from vsc_training.model import VSC, DataSpec
 from vsc_training.objective import (
@@ -21,6 +20,7 @@ from vsc_training.objective import (
     sparsity_per_latent,
 )
 from vsc_training.spike import draw_spike, hard_spike, relaxed_spike, straight_through_spike
+from vsc_training.trainer import Trainer
 from vsc_training.warmup import slab_deviation, warmup_factor
 
 SPIKES = ("straight_through", "relaxed", "hard_concrete")

@@ -29,7 +29,7 @@ from torch import Tensor
 from vsc_serve.atomic import atomic_file
 from vsc_serve.errors import InputError, UsageError
 from vsc_serve.images import PixelSpec
-from vsc_serve.outputs import MARKER, FolderKind, remove_folder, write_marker
+from vsc_serve.outputs import MARKER, FolderKind, check_output, remove_folder, write_marker
 from vsc_training.backbone import BackboneSpec
 from vsc_training.config import Recipe, recipe_from
 from vsc_training.data import Examples
@@ -139,12 +139,7 @@ def load_checkpoint(run: Path) -> Checkpoint:
 
 
 def start_run(
-    run: Path,
-    recipe: Recipe,
-    examples: Examples,
-    *,
-    resume: bool,
-    force: bool,
+    run: Path, recipe: Recipe, examples: Examples, *, resume: bool, force: bool = False
 ) -> None:
     """Make the run folder and write what is known before training.
 
@@ -152,17 +147,24 @@ def start_run(
         run: The folder.
         recipe: The resolved recipe.
         examples: The data; a few rows are kept for the export.
-        resume: Keep what is there.
-        force: Remove what is there.
+        resume: Keep what is there; only the recipe is written again, where it has changed.
+        force: Remove a run that is there.
+
+    Raises:
+        UsageError: The folder is there already and may not be replaced.
+        InputError: The folder cannot be written.
     """
-    if resume and (run / CHECKPOINT).is_file():
+    if resume:
+        _write_recipe(run, recipe)
         return
-    if force:
+    check_output(run, RUN_FOLDER, force=force)
+    try:
         remove_folder(run, RUN_FOLDER)
-    run.mkdir(parents=True, exist_ok=True)
-    write_marker(run, _KIND)
-    with atomic_file(run / RECIPE) as file:
-        file.write(recipe.to_toml().encode())
+        run.mkdir(parents=True, exist_ok=True)
+        write_marker(run, _KIND)
+    except OSError as error:
+        raise InputError(f"{run}: cannot be written ({error.strerror or error}).") from error
+    _write_recipe(run, recipe)
     rows = examples.rows
     chosen = rows[:: max(1, len(rows) // SAMPLE_COUNT)][:SAMPLE_COUNT]
     save_samples(run, chosen, examples.pictures)
@@ -172,6 +174,15 @@ def start_run(
                 (json.dumps({"id": image.id, "reason": image.reason}) + "\n").encode()
                 for image in examples.bad
             )
+
+
+def _write_recipe(run: Path, recipe: Recipe) -> None:
+    text = recipe.to_toml().encode()
+    path = run / RECIPE
+    if path.is_file() and path.read_bytes() == text:
+        return
+    with atomic_file(path) as file:
+        file.write(text)
 
 
 def save_samples(run: Path, rows: NDArray[Any], pictures: NDArray[np.uint8] | None = None) -> None:

@@ -1,8 +1,10 @@
 """`vsc train` and `vsc eval`; torch is imported inside, so that help stays fast."""
 
 import json
+import os
 import sys
 from collections.abc import Callable
+from importlib.util import find_spec
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
@@ -10,12 +12,11 @@ import typer
 
 from vsc_serve.console import progress, require_extra, say
 from vsc_serve.outputs import check_output
+from vsc_training.threads import sleep_when_idle
 
 if TYPE_CHECKING:
     from vsc_training.config import Recipe
     from vsc_training.data import Examples
-    from vsc_training.distributed import Group
-    from vsc_training.metrics import Health
 
 app = typer.Typer()
 
@@ -43,7 +44,9 @@ def train(
         typer.Option(help="ONNX image encoder: fit its embeddings of the pictures."),
     ] = None,
     device: Annotated[str, typer.Option(help="auto, cpu or cuda.")] = "auto",
-    threads: Annotated[int, typer.Option(help="CPU threads (0: torch chooses).", min=0)] = 0,
+    threads: Annotated[
+        int, typer.Option(help="CPU threads (0: torch chooses).", min=0, max=1024)
+    ] = 0,
     compile_step: Annotated[
         bool, typer.Option("--compile", help="Compile the step first: for long runs.")
     ] = False,
@@ -54,25 +57,37 @@ def train(
 ) -> None:
     """Fit a model to a folder of pictures or an array."""
     require_extra("train", "torch", "safetensors", "tensorboard")
-    from vsc_training.checkpoint import RUN_FOLDER
+    sleep_when_idle()
     from vsc_training.config import load_recipe
     from vsc_training.distributed import joined_group
+    from vsc_training.fit import fit
 
     resolved = load_recipe(
         recipe or _own_recipe(out, resume=resume), overrides or [], active=active
     )
     with joined_group(_device(device, threads)) as (group, own_device):
         talk = say if group.is_first else _keep_quiet
-        if group.is_first and not resume:
+        if group.is_first:
             read = [path for path in (data, backbone, recipe) if path is not None]
-            check_output(out, RUN_FOLDER, force=force, inputs=read)
+            _check_out(out, read, resume=resume, force=force)
         if backbone is None:
             examples = _load(data, size, talk)
         else:
             examples = _embed(data, size, backbone, threads, talk)
         _say_model(resolved, examples, own_device, group.size, talk)
-        how = {"resume": resume, "force": force, "is_compiled": compile_step}
-        health = _fit(resolved, examples, out, own_device, group, **how)
+        with progress("train", resolved.steps, "steps") as shown:
+            health = fit(
+                resolved,
+                examples,
+                out,
+                device=own_device,
+                group=group,
+                resume=resume,
+                force=force,
+                is_compiled=compile_step,
+                name=out.resolve().name,
+                report=shown.update,
+            )
     talk("codes", f"{health}")
     talk("asked", f"{resolved.active:.1f} active per image, got {health.active:.1f}")
     behind = f" --backbone {backbone}" if backbone else ""
@@ -96,11 +111,14 @@ def evaluate(
     iwae_samples: Annotated[int, typer.Option(help="Draws of the bound.", min=1)] = 50,
     seed: Annotated[int, typer.Option(help="Seed of choices and noise.", min=0)] = 0,
     device: Annotated[str, typer.Option(help="auto, cpu or cuda.")] = "auto",
-    threads: Annotated[int, typer.Option(help="CPU threads (0: torch chooses).", min=0)] = 0,
+    threads: Annotated[
+        int, typer.Option(help="CPU threads (0: torch chooses).", min=0, max=1024)
+    ] = 0,
     as_json: Annotated[bool, typer.Option("--json", help="Print JSON to stdout.")] = False,
 ) -> None:
     """Measure a model: bounds, sparsity, neighbours, probe, factors, and the curve over tau."""
     require_extra("train", "torch", "safetensors", "tensorboard")
+    sleep_when_idle()
     from vsc_training.evaluation.evaluate import evaluate_run
 
     figures = evaluate_run(
@@ -125,36 +143,16 @@ def _own_recipe(run: Path, *, resume: bool) -> str:
     return str(saved) if resume and saved.is_file() else "sparse"
 
 
-def _fit(
-    recipe: "Recipe",
-    examples: "Examples",
-    out: Path,
-    device: Any,
-    group: "Group",
-    *,
-    resume: bool,
-    force: bool,
-    is_compiled: bool,
-) -> "Health":
-    from vsc_training.checkpoint import CHECKPOINT, start_run
-    from vsc_training.distributed import wait_for_all
-    from vsc_training.fit import fit
+def _check_out(out: Path, inputs: list[Any], *, resume: bool, force: bool) -> None:
+    """Refuse now, before data are read, what would be refused when the run is written."""
+    from vsc_serve.locks import exclusive
+    from vsc_training.checkpoint import CHECKPOINT, RUN_FOLDER
 
-    if group.is_first:
-        start_run(out, recipe, examples, resume=resume, force=force)
-    wait_for_all()
-    with progress("train", recipe.steps, "steps") as shown:
-        return fit(
-            recipe,
-            examples,
-            out,
-            device=device,
-            group=group,
-            resume=resume and (out / CHECKPOINT).is_file(),
-            is_compiled=is_compiled,
-            name=out.resolve().name,
-            report=shown.update,
-        )
+    if not (resume and (out / CHECKPOINT).is_file()):
+        check_output(out, RUN_FOLDER, force=force or resume, inputs=inputs)
+    if out.is_dir():
+        with exclusive(Path(os.path.realpath(out))):
+            pass  # nobody else trains into it; `fit` holds the lock while it does
 
 
 def _load(path: Path, size: int | None, talk: Callable[[str, str], None]) -> "Examples":
@@ -175,6 +173,7 @@ def _embed(
     if size is not None:
         raise UsageError("--size: the file beside --backbone says what pictures become")
     require_extra("train,cpu", "onnxruntime")
+    _check_exportable(file, talk)
     backbone = Backbone.open(file, threads=threads)
     spec = backbone.spec
     talk("backbone", f"{file}: {spec.pixel_spec} to {spec.dim}, sha256 {spec.sha256[:12]}")
@@ -183,6 +182,16 @@ def _embed(
         examples = embed_examples(path, sources, backbone, shown.update)
     _say_data(path, examples, talk)
     return examples
+
+
+def _check_exportable(file: Path, talk: Callable[[str, str], None]) -> None:
+    """Find before training, where onnx is installed, what would keep a backbone from export."""
+    if not (find_spec("onnx") and find_spec("onnx_ir")):
+        talk("backbone", "onnx is not installed: the export will show whether it takes the file")
+        return
+    from vsc_training.onnx_graph import check_exportable
+
+    check_exportable(file)
 
 
 def _say_data(path: Path, examples: "Examples", talk: Callable[[str, str], None]) -> None:

@@ -25,6 +25,21 @@ OnCollapse = Literal["stop", "warn"]
 
 BUILT_IN: Final = ("sparse", "paper")
 
+_SIZE: Final = 2**31 - 1
+_MOST: Final = {
+    "hidden": _SIZE,
+    "layers": 1000,
+    "width": _SIZE,
+    "latent_dim": _SIZE,
+    "pseudo_inputs": _SIZE,
+    "batch_size": _SIZE,
+    "steps": 2**53,
+}
+"""Largest values of the sizes; `memory` refuses what this machine cannot hold."""
+_SEEDS: Final = 2**63
+_LARGEST: Final = 3e38
+"""Largest number that float32 holds, which is what the model computes in."""
+
 
 @dataclass(frozen=True, kw_only=True)
 class Recipe:
@@ -104,16 +119,11 @@ class Recipe:
         self._check_ranges()
 
     def _check_ranges(self) -> None:
-        for name in (
-            "hidden",
-            "layers",
-            "width",
-            "latent_dim",
-            "pseudo_inputs",
-            "steps",
-            "batch_size",
-        ):
-            _require(getattr(self, name) >= 1, name, getattr(self, name), "at least 1")
+        for name, most in _MOST.items():
+            value = getattr(self, name)
+            _require(value >= 1, name, value, "at least 1")
+            _require(value <= most, name, value, f"at most {most}")
+        _require(0 <= self.seed < _SEEDS, "seed", self.seed, f"from 0 to {_SEEDS - 1}")
         for name in ("alpha", "learning_rate_drop_at"):
             _require(0 < getattr(self, name) < 1, name, getattr(self, name), "above 0 and below 1")
         for name in ("beta", "sparsity_weight", "balance_weight", "weight_decay"):
@@ -222,8 +232,9 @@ def _check_type(name: str, value: object, hint: Any) -> None:
     if choices:
         _require(value in choices, name, value, f"one of {', '.join(choices)}")
     elif hint is float:
-        is_number = isinstance(value, int | float) and not isinstance(value, bool)
-        _require(is_number, name, value, "a number")
+        if not isinstance(value, int | float) or isinstance(value, bool):
+            raise UsageError(f"recipe: {name} must be a number, not {value!r}")
+        _require(abs(value) <= _LARGEST, name, value, "a finite number that float32 can hold")
     else:
         _require(type(value) is hint, name, value, "a whole number" if hint is int else "text")
 

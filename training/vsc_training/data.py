@@ -7,9 +7,9 @@ on both sides.
 
 import hashlib
 import logging
-from collections import Counter
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from math import prod
 from pathlib import Path
 from typing import Any, Final
 
@@ -22,12 +22,13 @@ from vsc_serve.images import BadImage, PixelSpec, open_image, read_images
 from vsc_serve.sources import Source, find_sources, is_junk
 from vsc_serve.sources.arrays import SUFFIXES, read_rows
 from vsc_training.backbone import Backbone
+from vsc_training.memory import require_memory_for
 from vsc_training.model import DataSpec
 
 logger = logging.getLogger(__name__)
 
-_PEEK_COUNT: Final = 200
-"""Pictures whose headers decide about size and colour."""
+_MANY_GREY: Final = 200
+"""Grey pictures before the first one in colour, from which on that is worth a warning."""
 _LARGEST_NATURAL_SIDE: Final = 64
 """Pictures of one size up to this side keep it; all others become squares of this side."""
 _SIDE_STEP: Final = 8
@@ -37,6 +38,9 @@ _EMBEDDED_AT_ONCE: Final = 256
 _KEPT_PICTURES: Final = 256
 _KEPT_BYTES: Final = 32_000_000
 """Bounds of the pictures that are kept for the export's comparison."""
+_CHECKED_AT_ONCE: Final = 4096
+_LARGEST_VALUE: Final = 1e15
+"""Largest value of a vector: training squares values and adds thousands of squares in float32."""
 _GREY_MODES: Final = frozenset({"1", "L", "LA", "La", "I;16", "I;16B", "I;16L", "I;16N"})
 
 
@@ -155,18 +159,16 @@ def _kept_count(spec: PixelSpec) -> int:
 
 
 def choose_pixel_spec(sources: Sequence[Source], size: int | None) -> PixelSpec:
-    """Choose size and colour from the headers of the first pictures.
+    """Choose size and colour from the headers of the pictures.
 
     Grey when all of them are grey. Their own size when all have the same one and it is at most
     64x64, else a square of 64; sides of colour pictures are multiples of 8.
 
     Args:
-        sources: The pictures.
+        sources: The pictures. All headers are read, until no further one can change the choice.
         size: Side of a square, in place of the choice.
     """
-    seen = Counter(header for source in sources[:_PEEK_COUNT] if (header := _read_header(source)))
-    is_grey = bool(seen) and all(mode in _GREY_MODES for mode, _ in seen)
-    sizes = {dimensions for _, dimensions in seen}
+    is_grey, sizes = _survey(sources)
     width, height = (_LARGEST_NATURAL_SIDE, _LARGEST_NATURAL_SIDE)
     if size is not None:
         width, height = (size, size)
@@ -180,6 +182,34 @@ def choose_pixel_spec(sources: Sequence[Source], size: int | None) -> PixelSpec:
         raise UsageError(f"--size: {error}") from error
 
 
+def _survey(sources: Sequence[Source]) -> tuple[bool, set[tuple[int, int]]]:
+    """Return whether all pictures are grey, and their sizes, as far as these can matter."""
+    sizes: set[tuple[int, int]] = set()
+    grey_count, is_colour = 0, False
+    for source in sources:
+        header = _read_header(source)
+        if header is None:
+            continue
+        mode, dimensions = header
+        sizes.add(dimensions)
+        if mode in _GREY_MODES:
+            grey_count += 1
+        elif not is_colour:
+            is_colour = True
+            if grey_count >= _MANY_GREY:
+                logger.warning(
+                    "%s is in colour and the %d pictures before it are grey: all are read as"
+                    " colour, with a network for colour. Keep the two kinds apart if that is not"
+                    " meant.",
+                    source.id,
+                    grey_count,
+                )
+        has_own_size = len(sizes) == 1 and max(dimensions) <= _LARGEST_NATURAL_SIDE
+        if is_colour and not has_own_size:
+            break
+    return grey_count > 0 and not is_colour, sizes
+
+
 def _read_header(source: Source) -> tuple[str, tuple[int, int]] | None:
     try:
         with open_image(source.read()) as image:
@@ -191,6 +221,11 @@ def _read_header(source: Source) -> tuple[str, tuple[int, int]] | None:
 def _load_folder(folder: Path, size: int | None) -> Examples:
     sources = list(find_sources([str(folder)]))
     spec = choose_pixel_spec(sources, size)
+    require_memory_for(
+        len(sources) * prod(spec.shape),
+        f"{folder}: {len(sources):,} images of {spec}",
+        "ask for a smaller --size, or use fewer images",
+    )
     pixels, ids, bad = read_images(sources, spec)
     _require_one(folder, len(sources), ids, bad)
     labels = _checked_labels(folder, ids)
@@ -247,16 +282,32 @@ def _check_rows(path: Path, rows: NDArray[Any]) -> None:
     if len(rows) < 2:
         raise UsageError(f"{path}: {len(rows)} usable example; training needs at least 2.")
     if rows.dtype.kind == "f":
-        is_finite = np.isfinite(rows).all(axis=1)
-        if not is_finite.all():
-            row = int(np.flatnonzero(~is_finite)[0])
-            raise InputError(
-                f"{path}: {np.count_nonzero(~is_finite)} rows hold NaN or infinity, the first is"
-                f" row {row}."
-                " Remove them."
-            )
+        _check_values(path, rows)
     if all(np.array_equal(row, rows[0]) for row in rows):
         raise InputError(f"{path}: all {len(rows)} examples are alike; there is nothing to learn.")
+
+
+def _check_values(path: Path, rows: NDArray[Any]) -> None:
+    """Raise InputError for values that are not finite, or that float32 cannot square and add."""
+    bad_count, first = 0, 0
+    for start in range(0, len(rows), _CHECKED_AT_ONCE):
+        chunk = rows[start : start + _CHECKED_AT_ONCE]
+        is_bad = ~(np.abs(chunk) <= _LARGEST_VALUE).all(axis=1)
+        if bad_count == 0 and is_bad.any():
+            first = start + int(np.flatnonzero(is_bad)[0])
+        bad_count += int(np.count_nonzero(is_bad))
+    if not bad_count:
+        return
+    if np.isfinite(rows[first]).all():
+        largest = float(np.abs(rows[first]).max())
+        found = f"values beyond {_LARGEST_VALUE:g}, the first is row {first} with {largest:.2g}"
+        raise InputError(
+            f"{path}: {bad_count} rows hold {found}. A mark for missing values? Remove such rows,"
+            " or divide all data by a constant."
+        )
+    raise InputError(
+        f"{path}: {bad_count} rows hold NaN or infinity, the first is row {first}. Remove them."
+    )
 
 
 def _content_key(row: NDArray[Any]) -> int:

@@ -1,6 +1,7 @@
 """Where to compute, and which matrix products may be in bfloat16."""
 
-from contextlib import AbstractContextManager
+from collections.abc import Iterator
+from contextlib import AbstractContextManager, contextmanager
 from pathlib import Path
 from typing import Literal
 
@@ -28,7 +29,8 @@ def uses_bfloat16(recipe: Recipe, device: torch.device) -> bool:
     if recipe.precision != "auto":
         return recipe.precision == "bfloat16"
     if device.type == "cuda":
-        return bool(torch.cuda.is_bf16_supported())
+        # Older GPUs compute bfloat16 by way of float32, which is slower than float32 itself.
+        return bool(torch.cuda.is_bf16_supported(including_emulation=False))
     return bool({"avx512_bf16", "amx_bf16"} & _processor_flags())
 
 
@@ -44,3 +46,19 @@ def _processor_flags() -> set[str]:
 def autocast(device: torch.device, *, half: bool) -> AbstractContextManager[None]:
     """Return a context in which matrix products run in bfloat16 when `half` says so."""
     return torch.autocast(device.type, torch.bfloat16, enabled=half)
+
+
+@contextmanager
+def repeatable_kernels() -> Iterator[None]:
+    """Let cuDNN take kernels that give the same result every time, and none chosen by a stopwatch.
+
+    Its fastest gradients of convolutions add in an order that differs from run to run, and
+    `--resume` promises the weights of a run that was not interrupted.
+    """
+    cudnn = torch.backends.cudnn
+    before = cudnn.deterministic, cudnn.benchmark
+    cudnn.deterministic, cudnn.benchmark = True, False
+    try:
+        yield
+    finally:
+        cudnn.deterministic, cudnn.benchmark = before

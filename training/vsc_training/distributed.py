@@ -50,19 +50,53 @@ def joined_group(device: torch.device) -> Iterator[tuple[Group, torch.device]]:
 
     Yields:
         The group, and the device of this process.
+
+    Raises:
+        UsageError: The environment describes a group only in part.
     """
-    size = int(os.environ.get("WORLD_SIZE", "1"))
+    size = _number("WORLD_SIZE", least=1) if "WORLD_SIZE" in os.environ else 1
     if size == 1:
         yield Group(), device
         return
+    _require_rank(size)
     if device.type == "cuda":
-        device = torch.device("cuda", int(os.environ["LOCAL_RANK"]))
+        device = torch.device("cuda", _number("LOCAL_RANK", least=0))
         torch.cuda.set_device(device)
-    dist.init_process_group("nccl" if device.type == "cuda" else "gloo")
+        # Without `device_id` NCCL guesses the GPU of a process from its rank.
+        dist.init_process_group("nccl", device_id=device)
+    else:
+        dist.init_process_group("gloo")
     try:
         yield Group(dist.get_rank(), size), device
     finally:
         dist.destroy_process_group()
+
+
+def _require_rank(size: int) -> None:
+    """Raise UsageError unless the environment says which process this is, and where the others."""
+    missing = [name for name in ("RANK", "MASTER_ADDR", "MASTER_PORT") if name not in os.environ]
+    if missing:
+        raise UsageError(
+            f"WORLD_SIZE is {size}, but {', '.join(missing)} {'are' if missing[1:] else 'is'} not"
+            " set: start several processes with torchrun, or unset WORLD_SIZE to train in one"
+        )
+    rank = _number("RANK", least=0)
+    if rank >= size:
+        raise UsageError(f"RANK is {rank}, but WORLD_SIZE is {size}: start with torchrun")
+
+
+def _number(name: str, *, least: int) -> int:
+    text = os.environ.get(name, "")
+    try:
+        number = int(text)
+    except ValueError:
+        number = least - 1
+    if number < least:
+        raise UsageError(
+            f"{name} is {text!r}, not a number from {least} on: start with torchrun, or unset"
+            " WORLD_SIZE to train in one process"
+        )
+    return number
 
 
 def mean_over_ranks(local: Tensor) -> Tensor:

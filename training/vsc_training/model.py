@@ -8,6 +8,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from vsc_serve.errors import UsageError
 from vsc_serve.images import PixelSpec
 from vsc_training.backbone import BackboneSpec
 from vsc_training.config import Recipe
@@ -201,7 +202,13 @@ class VSC(nn.Module):
 
 
 def choose_network(recipe: Recipe, data: DataSpec) -> Literal["mlp", "conv"]:
-    """Return the recipe's network; `auto` is mlp for vectors and small grey images, else conv."""
+    """Return the recipe's network; `auto` is mlp for vectors and small grey images, else conv.
+
+    Raises:
+        UsageError: Convolutions were asked for, and the data are vectors.
+    """
+    if recipe.network == "conv" and data.modality == "vector":
+        raise UsageError("network=conv is for images, and the data are vectors: network=mlp")
     if recipe.network != "auto":
         return recipe.network
     spec = data.pixel_spec

@@ -20,6 +20,7 @@ from vsc_training.objective import (
     sparsity_global,
     sparsity_per_latent,
 )
+from vsc_training.schedule import ScheduleTable, progress
 from vsc_training.spike import draw_spike
 from vsc_training.warmup import draw_slab, warmup_factor
 
@@ -48,15 +49,24 @@ class Terms(NamedTuple):
         `selection` is the cost of choosing the pseudo-input by the image; `active` counts the
         latents per image whose spike is more likely on than off.
         """
-        return {
-            "loss": float(self.loss),
-            "reconstruction": float(self.reconstruction),
-            "kl": float(self.kl),
-            "selection": float(selection_cost(self.weights).mean()),
-            "sparsity": float(self.sparsity),
-            "balance": float(self.balance),
-            "active": float((self.spike_logit > 0).float().sum(1).mean()),
+        named = {
+            "loss": self.loss,
+            "reconstruction": self.reconstruction,
+            "kl": self.kl,
+            "selection": selection_cost(self.weights).mean(),
+            "sparsity": self.sparsity,
+            "balance": self.balance,
+            "active": (self.spike_logit > 0).float().sum(1).mean(),
         }
+        # One transfer: each number that is asked of a GPU waits for all that it has to do.
+        return dict(zip(named, torch.stack(list(named.values())).tolist(), strict=True))
+
+    def kept(self) -> "Terms":
+        """Return the terms without gradients, in memory that no later step writes to."""
+        scalars = (self.loss, self.reconstruction, self.kl, self.sparsity, self.balance)
+        tables = (self.spike_logit, self.weights)
+        copies = (table.detach().clone() for table in tables)
+        return Terms(*torch.stack(scalars).detach().unbind(), *copies)
 
 
 class Draw(NamedTuple):
@@ -75,7 +85,11 @@ class Draw(NamedTuple):
 
 
 def draw_noise(
-    recipe: Recipe, batch: torch.Size, step: int, generator: torch.Generator, *, as_tensors: bool
+    recipe: Recipe,
+    batch: torch.Size,
+    step: int,
+    generator: torch.Generator,
+    table: ScheduleTable | None = None,
 ) -> Draw:
     """Draw what a step needs.
 
@@ -84,18 +98,16 @@ def draw_noise(
         batch: Shape of the batch, (images, *shape).
         step: Optimiser steps done; sets warm-up and sharpness.
         generator: Source of the noise; its device is where everything lies.
-        as_tensors: Give numbers that change from step to step as scalar tensors: a compiled step
-            would be compiled again for every new number.
+        table: Gives numbers that change from step to step as scalar tensors: a compiled step would
+            be compiled again for every new number. None gives numbers.
     """
     shape, device = (batch[0], recipe.latent_dim), generator.device
     uniform = torch.rand(shape, generator=generator, device=device)
     noise = torch.randn(shape, generator=generator, device=device)
     shown = draw_shown(batch, recipe.input_dropout, generator) if recipe.input_dropout else None
-    lam, progress = warmup_factor(step, recipe), step / recipe.steps
-    if not as_tensors:
-        return Draw(uniform, noise, lam, progress, shown)
-    changing = torch.tensor([lam, progress], device=device)
-    return Draw(uniform, noise, lam if lam == 1.0 else changing[0], changing[1], shown)
+    if table is None:
+        return Draw(uniform, noise, warmup_factor(step, recipe), progress(step, recipe), shown)
+    return Draw(uniform, noise, *table.at(step), shown)
 
 
 def draw_shown(batch: torch.Size, hidden_share: float, generator: torch.Generator) -> Tensor:
@@ -157,7 +169,7 @@ class Objective(nn.Module):
     """`objective_terms` as a module, which is what DistributedDataParallel wraps.
 
     Args:
-        model: The model.
+        model: The model, on its device.
         is_compiled: Let torch compile the terms and their gradient into few kernels: some tens of
             seconds at the first step, faster steps after it. Rounding differs a little.
     """
@@ -165,13 +177,17 @@ class Objective(nn.Module):
     def __init__(self, model: VSC, *, is_compiled: bool = False) -> None:
         super().__init__()
         self.model = model
-        self._is_compiled = is_compiled
-        self._terms = compiled_terms(model) if is_compiled else objective_terms
+        device = model.pseudo_logits.device
+        self._table = ScheduleTable(model.recipe, device) if is_compiled else None
+        self._terms = compiled_terms(device) if is_compiled else objective_terms
 
     def forward(
         self, examples: Tensor, step: int, generator: torch.Generator, *, half: bool
     ) -> Terms:
         """Draw the noise of a step and compute the terms of one batch.
+
+        A compiled step on a GPU writes its terms and gradients to the same memory every time: those
+        of the step before must not be needed any more, and `Terms.kept` copies what is.
 
         Args:
             examples: One batch, shape (images, *shape).
@@ -179,19 +195,17 @@ class Objective(nn.Module):
             generator: Source of the noise.
             half: Whether matrix products may run in bfloat16.
         """
-        draw = draw_noise(
-            self.model.recipe, examples.shape, step, generator, as_tensors=self._is_compiled
-        )
+        draw = draw_noise(self.model.recipe, examples.shape, step, generator, self._table)
         return self._terms(self.model, examples, draw, half=half)
 
 
-def compiled_terms(model: VSC) -> Callable[..., Terms]:
+def compiled_terms(device: torch.device) -> Callable[..., Terms]:
     """Return `objective_terms`, compiled when it is first called.
 
     Raises:
         UsageError: There is no compiler, or, at the first call, it fails.
     """
-    on_cuda = model.pseudo_logits.is_cuda
+    on_cuda = device.type == "cuda"
     if not on_cuda and not shutil.which(os.environ.get("CXX", "g++")):
         raise UsageError(
             "--compile needs a C++ compiler (apt install g++). Without --compile none is needed."
@@ -203,6 +217,8 @@ def compiled_terms(model: VSC) -> Callable[..., Terms]:
     compiled = torch.compile(objective_terms, mode=mode, dynamic=False)
 
     def terms(*arguments: Any, **named: Any) -> Terms:
+        if on_cuda:
+            torch.compiler.cudagraph_mark_step_begin()
         try:
             return compiled(*arguments, **named)
         except BackendCompilerFailed as error:
