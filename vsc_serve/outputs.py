@@ -70,7 +70,7 @@ class FolderKind:
         """Return why a path may not be replaced by a folder of this kind, or None."""
         if not path.is_dir() or path.is_symlink():
             return f"a file, not {self.name}"
-        names = sorted(_files_below(path))
+        names = sorted(name for name in _files_below(path) if not _is_left_behind(name))
         if not names:
             return None
         allowed = self._allowed(path)
@@ -230,10 +230,13 @@ def _files_below(folder: Path) -> Iterator[str]:
             yield os.path.relpath(os.path.join(place, name), folder)  # noqa: PTH118
 
 
+def _is_left_behind(name: str) -> bool:
+    """Tell whether a path is a lock, or what an interrupted write leaves."""
+    parts = name.split("/")
+    return _LOCK.fullmatch(parts[-1]) is not None or any(map(_TEMPORARY.fullmatch, parts))
+
+
 def _matches(name: str, patterns: Sequence[str]) -> bool:
-    last = name.rpartition("/")[2]
-    if _LOCK.fullmatch(last) or any(map(_TEMPORARY.fullmatch, name.split("/"))):
-        return True
     return any(fnmatchcase(name, pattern) for pattern in patterns)
 
 

@@ -23,7 +23,7 @@ from vsc_serve.cli.options import print_text
 from vsc_serve.cli.search import search
 from vsc_serve.cli.serve import serve
 from vsc_serve.cli.translate import OptionFormatter, as_options
-from vsc_serve.console import printable
+from vsc_serve.console import printable, quiet_pillow
 from vsc_serve.errors import Interrupted, UsageError, VscError
 
 app = typer.Typer(
@@ -54,9 +54,10 @@ def main() -> None:
     """Run `vsc`. A VscError becomes one line on stderr and the exit code of its class."""
     streams.prepare()
     _log_to_stderr()
-    for entry_point in sorted(entry_points(group="vsc.commands"), key=lambda entry: entry.name):
-        app.add_typer(entry_point.load())
+    quiet_pillow()
     try:
+        for entry_point in sorted(entry_points(group="vsc.commands"), key=lambda entry: entry.name):
+            app.add_typer(entry_point.load())
         code = app(standalone_mode=False)
         sys.stdout.flush()  # a full disk shows here, not when Python ends
     except streams.ReaderGone:

@@ -136,7 +136,7 @@ def _encode(job: "Job", *, given_model: Path | None, as_json: bool) -> None:
         require_extra("parquet", "pyarrow")
     encoded = encode_to_file(job, say=_say, show=show, convert=convert)
     _say_encoded(job, encoded)
-    say("next", _next_command(job, given_model))
+    say("next", _next_command(job, given_model, encoded.outcome.example))
     if as_json:
         print_text(json.dumps(_encoded_metrics(job, encoded)))
 
@@ -145,13 +145,15 @@ def _say(label: str, text: str) -> None:
     say(label, as_options(text))
 
 
-def _next_command(job: "Job", given_model: Path | None) -> str:
-    """Return a command that works as it stands, but for the name of an image."""
-    out = shlex.quote(str(job.out))
+def _next_command(job: "Job", given_model: Path | None, example: str) -> str:
+    """Return a command that works as it stands. `example` is the id of a row."""
     if job.out.suffix == ".parquet":
-        return f"an index that reads Parquet; `vsc search` takes .npz: --out {job.out.stem}.npz"
-    own = "" if given_model is None else f" --model {shlex.quote(str(given_model))}"
-    return f"vsc search {out} --like {'ID' if job.is_array else 'IMAGE'} --explain{own}"
+        script = f"import pyarrow.parquet; print(pyarrow.parquet.read_table({str(job.out)!r}))"
+        return shlex.join(["python", "-c", script])
+    command = ["vsc", "search", str(job.out), f"--like={example}", "--explain"]
+    if not example.startswith("-"):
+        command[3:4] = ["--like", example]
+    return shlex.join([*command, *([] if given_model is None else ["--model", str(given_model)])])
 
 
 def _expect(job: "Job", shown: Progress) -> None:

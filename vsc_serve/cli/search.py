@@ -1,6 +1,5 @@
 """`vsc search`: the rows most like an image."""
 
-import json
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Literal
 
@@ -12,9 +11,11 @@ from vsc_serve.cli.options import (
     JsonOption,
     ModelOption,
     find_model,
+    print_json,
     print_text,
     refuse_other_model,
 )
+from vsc_serve.console import say
 from vsc_serve.errors import UsageError
 
 if TYPE_CHECKING:
@@ -43,7 +44,7 @@ def search(
 
     stored = read_codes(codes)
     query = _query_code(stored, like, model, device)
-    hits = exact.search(stored.codes, query, top=top, metric=metric)
+    hits = exact.search(stored.codes, query, top=top, metric=metric) if query.nnz else []
     features = {
         hit.row: exact.explain(stored.codes, hit.row, query, metric=metric) if explain else []
         for hit in hits
@@ -54,8 +55,11 @@ def search(
             | ({"shared": [asdict(feature) for feature in features[hit.row]]} if explain else {})
             for hit in hits
         ]
-        print_text(json.dumps({"like": like, "metric": metric, "hits": found}))
+        facts = {"like": like, "metric": metric, "query_active": query.nnz}
+        print_json(facts | {"hits": found})
         return
+    if not query.nnz:
+        say("query", f"the code of {like} is empty: no latent is active, so nothing is like it")
     for hit in hits:
         print_text(f"{hit.score:7.4f}  {stored.ids[hit.row]}")
         for feature in features[hit.row]:

@@ -55,7 +55,7 @@ def encode_to_file(job: Job, *, say: Say, show: Show, convert: Convert | None = 
     """
     job.check_out()
     bundle = open_bundle(job.model)
-    store, scan = ShardStore(job.out), Scan()
+    store, scan = ShardStore(job.out, job.errors_path), Scan()
     with ExitStack() as stack:
         job, executor, sources = _open_inputs(job, bundle, scan, store)
         stack.enter_context(executor)
@@ -85,7 +85,7 @@ def encode_to_file(job: Job, *, say: Say, show: Show, convert: Convert | None = 
 def plan(job: Job) -> Plan:
     """Find out what a job would do, and write nothing."""
     bundle = open_bundle(job.model)
-    store, scan = ShardStore(job.out), Scan()
+    store, scan = ShardStore(job.out, job.errors_path), Scan()
     job, executor, sources = _open_inputs(job, bundle, scan, store)
     finished = count_finished(store, job.identity(), scan.counted(sources), job.shard_rows)
     return Plan(scan, finished, executor)
