@@ -5,9 +5,13 @@ killed run, a full disk or an error never leaves half a file under the name a re
 `outputs` says what may be replaced.
 """
 
+import ctypes
+import errno
+import glob
 import os
 import secrets
 import stat
+import sys
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 from hashlib import blake2b
@@ -19,6 +23,12 @@ from vsc_serve.outputs import TEMPORARY, FolderKind, remove_folder
 
 _NAME_BYTES: Final = 200
 """Bytes of a name that are kept in a name made from it; file systems take 255 in all."""
+
+_TOKEN_DIGITS: Final = 12
+
+_HERE: Final = -100
+"""Linux's AT_FDCWD: names are relative to the current folder."""
+_RENAME_EXCHANGE: Final = 2
 
 
 @contextmanager
@@ -73,7 +83,9 @@ def atomic_folder(path: Path, kind: FolderKind) -> Iterator[Path]:
 
 
 def replace_folder(new: Path, path: Path, kind: FolderKind) -> None:
-    """Rename `new` to `path`. A full folder cannot be renamed over, so the old one steps aside.
+    """Rename `new` to `path`, in one step where the system can exchange two names.
+
+    A full folder cannot be renamed over: elsewhere the old one steps aside first.
 
     Args:
         new: The finished folder, on the same file system.
@@ -89,21 +101,74 @@ def replace_folder(new: Path, path: Path, kind: FolderKind) -> None:
         return
     if reason := kind.why_not_ours(path):
         raise UsageError(f"{path}: {reason}; it was not replaced.")
-    old = set_aside(path)
+    staged = _aside(path, "tmp")  # after an exchange the old folder has this name
+    new.rename(staged)
     try:
-        new.rename(path)
+        old = staged if _exchange(staged, path) else _replace_in_two_steps(staged, path)
     except OSError:
-        old.rename(path)
+        staged.rename(new)
         raise
     with suppress(OSError):
         remove_folder(old, TEMPORARY)
 
 
-def set_aside(path: Path) -> Path:
-    """Rename a folder so that another may take its name; returns the name it has then."""
-    aside = name_beside(path, ".", f".{secrets.token_hex(6)}.old")
-    path.rename(aside)
-    return aside
+def _exchange(one: Path, other: Path) -> bool:
+    """Exchange the names of two folders in one step; tell whether the system can do so."""
+    if sys.platform != "linux":
+        return False
+    rename = getattr(ctypes.CDLL(None, use_errno=True), "renameat2", None)
+    if rename is None:
+        return False
+    names = os.fsencode(one), os.fsencode(other)
+    if rename(_HERE, names[0], _HERE, names[1], _RENAME_EXCHANGE) == 0:
+        return True
+    number = ctypes.get_errno()
+    if number in (errno.ENOSYS, errno.EINVAL, errno.EOPNOTSUPP):
+        return False
+    raise OSError(number, os.strerror(number), str(other))
+
+
+def _replace_in_two_steps(new: Path, path: Path) -> Path:
+    """Rename `new` to `path`; return the name that the old folder has then."""
+    old = _aside(path, "old")
+    path.rename(old)
+    try:
+        new.rename(path)
+    except OSError:
+        old.rename(path)
+        raise
+    return old
+
+
+def remove_at_once(folder: Path, kind: FolderKind) -> None:
+    """Remove a folder that this tool wrote; killed meanwhile, it leaves none under that name.
+
+    Raises:
+        UsageError: It is not of this kind, or holds something that vsc did not write.
+        OSError: It cannot be removed.
+    """
+    if not os.path.lexists(folder):
+        return
+    if reason := kind.why_not_ours(folder):
+        raise UsageError(f"{folder}: {reason}; it was not removed.")
+    aside = _aside(folder, "tmp")
+    folder.rename(aside)
+    remove_folder(aside, TEMPORARY)
+
+
+def left_behind(path: Path, extension: str) -> list[Path]:
+    """Return what interrupted writes of a file or folder have left beside it.
+
+    Args:
+        path: The file or folder, without links. Nobody may be writing it: hold its lock.
+        extension: `tmp` for what was not finished, or was replaced; `old` for what was set aside.
+    """
+    start, digits = name_beside(path, ".", ".").name, "[0-9a-f]" * _TOKEN_DIGITS
+    return sorted(path.parent.glob(f"{glob.escape(start)}{digits}.{extension}"))
+
+
+def _aside(path: Path, extension: str) -> Path:
+    return name_beside(path, ".", f".{secrets.token_hex(_TOKEN_DIGITS // 2)}.{extension}")
 
 
 def name_beside(path: Path, prefix: str = "", suffix: str = "") -> Path:
@@ -122,8 +187,8 @@ def _temporary_beside(path: Path) -> Path:
     permissions any other new file gets.
     """
     if not path.name:
-        raise UsageError(f"{path}: no name for an output. Choose another --out.")
-    return name_beside(path, ".", f".{secrets.token_hex(6)}.tmp")
+        raise UsageError(f"{path}: no name for an output. Choose another `out`.")
+    return _aside(path, "tmp")
 
 
 def _require_plain(path: Path, target: Path) -> None:

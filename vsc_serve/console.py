@@ -6,6 +6,7 @@ import sys
 import threading
 import time
 import unicodedata
+import warnings
 from collections.abc import Iterator
 from contextlib import contextmanager
 from importlib.util import find_spec
@@ -49,6 +50,15 @@ class LineFormatter(logging.Formatter):
         """Return the line of a record; a traceback follows it as it is."""
         record.message = printable(record.message)
         return super().formatMessage(record)
+
+
+def quiet_pillow() -> None:
+    """Silence what Pillow warns of an image it reads all the same, such as a damaged TIFF tag.
+
+    For processes that are ours: the command line and its workers. A program that uses the library
+    keeps its own filters.
+    """
+    warnings.filterwarnings("ignore", category=UserWarning, module=r"PIL\.")
 
 
 def say(label: str, text: str) -> None:

@@ -100,7 +100,8 @@ def _locations(content: _Buffer) -> Iterator[str]:
             elif first >= 0 and message == "StringStringEntryProto":
                 texts.append((field, bytes(content[first:last])))
         if (1, _KEY) in texts:  # with a key that is there twice, readers take the last value
-            yield from (text.decode("utf-8") for field, text in texts if field == 2)
+            named = [text.decode("utf-8") for field, text in texts if field == 2]
+            yield from named or [""]
 
 
 def _fields(content: _Buffer, start: int, end: int) -> Iterator[tuple[int, int, int]]:

@@ -70,7 +70,7 @@ class FolderKind:
         """Return why a path may not be replaced by a folder of this kind, or None."""
         if not path.is_dir() or path.is_symlink():
             return f"a file, not {self.name}"
-        names = sorted(_files_below(path))
+        names = sorted(name for name in _files_below(path) if not _is_left_behind(name))
         if not names:
             return None
         allowed = self._allowed(path)
@@ -152,7 +152,7 @@ def check_output(path: Path, kind: Kind, *, force: bool, inputs: Sequence[Path |
         if _holds(real, Path(given)):
             raise UsageError(
                 f"{path}: holds the input {given}, and an output never replaces its input."
-                " Choose another --out."
+                " Choose another `out`."
             )
     if os.path.lexists(real):
         _check_existing(path, real, kind, force=force)
@@ -164,12 +164,12 @@ def _check_existing(path: Path, real: Path, kind: Kind, *, force: bool) -> None:
     is_empty_folder = isinstance(kind, FolderKind) and real.is_dir() and not any(real.iterdir())
     if not force and not is_empty_folder:
         raise UsageError(
-            f"{path}: exists already. Choose another --out, or replace it with --force."
+            f"{path}: exists already. Choose another `out`, or replace it with `force=True`."
         )
     if reason := kind.why_not_ours(real):
         raise UsageError(
-            f"{path}: {reason}. --force replaces only {kind.name}; nothing was deleted. Choose"
-            " another --out, or remove it yourself."
+            f"{path}: {reason}. `force=True` replaces only {kind.name}; nothing was deleted. Choose"
+            " another `out`, or remove it yourself."
         )
 
 
@@ -230,10 +230,13 @@ def _files_below(folder: Path) -> Iterator[str]:
             yield os.path.relpath(os.path.join(place, name), folder)  # noqa: PTH118
 
 
+def _is_left_behind(name: str) -> bool:
+    """Tell whether a path is a lock, or what an interrupted write leaves."""
+    parts = name.split("/")
+    return _LOCK.fullmatch(parts[-1]) is not None or any(map(_TEMPORARY.fullmatch, parts))
+
+
 def _matches(name: str, patterns: Sequence[str]) -> bool:
-    last = name.rpartition("/")[2]
-    if _LOCK.fullmatch(last) or any(map(_TEMPORARY.fullmatch, name.split("/"))):
-        return True
     return any(fnmatchcase(name, pattern) for pattern in patterns)
 
 

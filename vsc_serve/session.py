@@ -272,8 +272,8 @@ def _open_on_cpu(ort: Any, path: Path, threads: int) -> OnnxSession:
 def _open_on_cuda(ort: Any, path: Path, threads: int, options: dict[str, str]) -> OnnxSession:
     if CUDA_PROVIDER not in ort.get_available_providers():
         raise DeviceError(
-            "--device cuda: the installed onnxruntime has no CUDA. Run: pip uninstall -y"
-            " onnxruntime && pip install 'vsc-serve[gpu]', or use --device cpu."
+            '`device="cuda"`: the installed onnxruntime has no CUDA. Run: pip uninstall -y'
+            " onnxruntime && pip install 'vsc-serve[gpu]', or use `device='cpu'`."
         )
     if hasattr(ort, "preload_dlls"):
         ort.preload_dlls()
@@ -333,8 +333,8 @@ def _import_onnxruntime() -> Any:
 
 def _why_no_cuda(reason: str) -> str:
     return (
-        f"--device cuda: CUDA cannot be used: {reason} (CUDA 13, cuDNN 9 and an NVIDIA driver are"
-        " needed). Run: pip install 'vsc-serve[gpu]' and check nvidia-smi, or use --device cpu."
+        f"`device='cuda'`: CUDA cannot be used: {reason} (CUDA 13, cuDNN 9 and an NVIDIA driver are"
+        " needed). Run: pip install 'vsc-serve[gpu]' and check nvidia-smi, or use `device='cpu'`."
     )
 
 

@@ -6,6 +6,7 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
+from vsc_serve.cli.options import DeviceOption, print_json
 from vsc_serve.console import require_extra, say
 from vsc_serve.errors import UsageError
 from vsc_training.threads import sleep_when_idle
@@ -136,18 +137,15 @@ def verify(
     backbone: Annotated[
         Path | None, typer.Option(help="ONNX image encoder inside the bundle, if it has one.")
     ] = None,
-    device: Annotated[str, typer.Option(help="cpu, cuda or auto.")] = "cpu",
+    device: DeviceOption = "cpu",
     as_json: Annotated[bool, typer.Option("--json", help="Print the report as JSON.")] = False,
 ) -> None:
     """Measure on any data whether a bundle computes what its run was trained to."""
     require_extra("export", "torch", "onnx", "onnxscript")
     sleep_when_idle()
     from vsc_export.verify import require_verified, verify_bundle
-    from vsc_serve.cli.options import check_device, print_json
 
-    parity = verify_bundle(
-        model, run, data, row_count=rows, backbone=backbone, device=check_device(device)
-    )
+    parity = verify_bundle(model, run, data, row_count=rows, backbone=backbone, device=device)
     if as_json:
         print_json(json.loads(parity.to_json()), indent=2)
     else:

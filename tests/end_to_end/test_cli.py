@@ -2,6 +2,7 @@
 
 import json
 import re
+import shlex
 import shutil
 import subprocess
 import sys
@@ -12,8 +13,9 @@ import pytest
 import scipy.sparse
 from PIL import Image
 
-from vsc_serve import read_codes
+from vsc_serve import read_codes, write_codes
 from vsc_serve.encoder import Encoder
+from vsc_serve.images import PixelSpec, read_pixels
 
 
 def vsc(*arguments: object, cwd: Path | None = None, env: dict[str, str] | None = None) -> "Result":
@@ -212,7 +214,7 @@ def test_wrong_arguments_end_with_2(tiny_bundle: Path, grey_folder: Path, tmp_pa
     bad_tau = vsc("encode", grey_folder, "--out", out, "--model", tiny_bundle, "--tau", "7")
     assert_fails(bad_tau, 2, "tau must be above 0 and below 1")
     bad_device = vsc("encode", grey_folder, "--out", out, "--model", tiny_bundle, "--device", "tpu")
-    assert_fails(bad_device, 2, "--device must be one of")
+    assert_fails(bad_device, 2, "'--device': 'tpu' is not one of 'auto', 'cpu', 'cuda'")
     unknown = vsc("train", grey_folder, "--out", out, "--set", "latents=3")
     assert_fails(unknown, 2, "no field 'latents'. Did you mean latent_dim")
     assert not out.exists()
@@ -235,6 +237,70 @@ def test_search_finds_the_picture_itself_first_and_explains(
     hits = json.loads(as_json.out)["hits"]
     assert hits[0]["id"] == "upright/000.png"
     assert sum(part["score"] for part in hits[1]["shared"]) == pytest.approx(hits[1]["score"])
+
+
+@pytest.mark.parametrize("out", ["my codes.npz", "shards", "codes.parquet"])
+@pytest.mark.parametrize("is_named", [True, False])
+def test_the_next_command_works_as_it_is_printed(
+    out: str, is_named: bool, tiny_bundle: Path, tmp_path: Path
+) -> None:
+    if out.endswith(".parquet"):
+        pytest.importorskip("pyarrow")
+    images = tmp_path / "the images"
+    images.mkdir()
+    for name, size in (("-a b'.png", 20), ("c\n.png", 30)):
+        Image.fromarray(np.tile(np.arange(size, dtype=np.uint8) * 7, (size, 1))).save(images / name)
+    model = shutil.copytree(tiny_bundle, tmp_path / ("it's mine" if is_named else "model"))
+    given = ["--model", model.name] if is_named else []
+    encoded = vsc("encode", images.name, "--out", out, *given, cwd=tmp_path)
+    assert encoded.code == 0, encoded.err
+    (line,) = re.findall(r"^next +(.*)$", encoded.err, re.M)
+    program, *arguments = shlex.split(line)
+    prefix = {"vsc": [sys.executable, "-m", "vsc_serve"], "python": [sys.executable]}[program]
+    done = subprocess.run([*prefix, *arguments], cwd=tmp_path, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    assert "-a b'.png" in done.stdout or out.endswith(".parquet")
+    assert done.stdout
+
+
+@pytest.mark.parametrize("workers", [0, 1])
+def test_what_pillow_warns_of_an_image_it_reads_is_not_printed(
+    workers: int, tiny_bundle: Path, tmp_path: Path
+) -> None:
+    images = tmp_path / "images"
+    images.mkdir()
+    Image.fromarray(np.zeros((8, 8), np.uint8)).save(images / "a.tif")
+    content = bytearray((images / "a.tif").read_bytes())
+    start = int.from_bytes(content[4:8], "little") + 2
+    for place in range(
+        start, start + 12 * int.from_bytes(content[start - 2 : start], "little"), 12
+    ):
+        if int.from_bytes(content[place : place + 2], "little") == 278:  # rows of a strip
+            content[place + 4 : place + 8] = (2000).to_bytes(4, "little")
+    (images / "a.tif").write_bytes(content)
+    with pytest.warns(UserWarning, match="Tag data larger than file"):
+        read_pixels(bytes(content), PixelSpec(height=8, width=8, channels=1))
+    command = ["encode", images, "--out", tmp_path / "c.npz", "--model", tiny_bundle]
+    result = vsc(*command, "--workers", workers)
+    assert result.code == 0, result.err
+    assert "Warning" not in result.err
+
+
+def test_a_query_whose_code_is_empty_says_so(codes_file: Path, tmp_path: Path) -> None:
+    stored = read_codes(codes_file)
+    empty = scipy.sparse.csr_array((1, stored.codes.shape[1]), dtype=np.float32)
+    both = scipy.sparse.vstack([empty, stored.codes[:5]], format="csr")
+    path = tmp_path / "codes.npz"
+    write_codes(path, both, ["blank", *stored.ids[:5]], stored.meta)
+    found = vsc("search", path, "--like", "blank", "--explain")
+    assert found.code == 0
+    assert found.out == ""
+    assert re.search(r"^query +the code of blank is empty: no latent is active", found.err, re.M)
+    as_json = json.loads(vsc("search", path, "--like", "blank", "--json").out)
+    assert as_json == {"like": "blank", "metric": "cosine", "query_active": 0, "hits": []}
+    full = json.loads(vsc("search", path, "--like", stored.ids[0], "--json").out)
+    assert full["query_active"] == stored.codes[[0]].nnz
+    assert full["hits"]
 
 
 def test_search_mostly_finds_pictures_of_the_same_kind(codes_file: Path) -> None:

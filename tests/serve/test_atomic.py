@@ -3,10 +3,12 @@
 import errno
 import os
 import stat
+import sys
 from pathlib import Path
 
 import pytest
 
+from vsc_serve import atomic
 from vsc_serve.atomic import atomic_file, atomic_folder, name_beside
 from vsc_serve.errors import InputError, UsageError
 from vsc_serve.outputs import FolderKind, write_marker
@@ -126,9 +128,37 @@ def test_a_folder_replaces_one_of_its_kind_and_nothing_else(tmp_path):
     assert names(tmp_path) == ["file", "model", "photos"]
 
 
+@pytest.mark.skipif(sys.platform != "linux", reason="only Linux exchanges two names")
+def test_a_folder_is_replaced_in_one_step(tmp_path, monkeypatch):
+    path = tmp_path / "model"
+    write_folder(path, "old")
+    seen = []
+    rename = Path.rename
+
+    def note(self, target):
+        seen.append(path.exists())
+        assert target != path
+        return rename(self, target)
+
+    monkeypatch.setattr(Path, "rename", note)
+    write_folder(path, "new")
+    assert seen == [True]
+    assert names(path) == ["new"]
+    assert names(tmp_path) == ["model"]
+
+
+def test_where_names_cannot_be_exchanged_a_folder_is_replaced_in_two_steps(tmp_path, monkeypatch):
+    monkeypatch.setattr(atomic, "_exchange", lambda one, other: False)
+    for name in ("old", "new"):
+        write_folder(tmp_path / "model", name)
+        assert names(tmp_path / "model") == [name]
+    assert names(tmp_path) == ["model"]
+
+
 def test_a_folder_that_cannot_be_renamed_into_place_leaves_the_old_one(tmp_path, monkeypatch):
     path = tmp_path / "model"
     write_folder(path, "old")
+    monkeypatch.setattr(atomic, "_exchange", lambda one, other: False)
     rename = Path.rename
 
     def fail_for_the_new_one(self, target):

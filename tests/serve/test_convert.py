@@ -275,7 +275,7 @@ def test_anserini_scales_as_asked_and_refuses_what_does_not_fit_an_integer(write
     path = write([[0.25, 0.75, 3]])
     (line,) = lines_of(converted(path, "anserini", scale=2.0))
     assert json.loads(line)["vector"] == {"f1p": 2, "f2p": 6}  # a half goes to the even integer
-    with pytest.raises(InputError, match=r"--scale 1e\+09: the largest value 3 becomes more than"):
+    with pytest.raises(InputError, match=r"`scale=1e\+09`: the largest value 3 becomes more than"):
         plan([path], to="anserini", options=Options(scale=1e9))
 
 
@@ -426,14 +426,14 @@ def test_negatives_are_refused_where_they_are_kept_and_the_target_takes_none(cod
     with pytest.raises(InputError) as caught:
         plan([codes_path], to=to, options=Options(sign="keep"))
     assert str(caught.value) == (
-        f"3 of 6 rows hold negative values, which {to} does not take. Leave --sign out (or give"
-        " --sign split) to write them as columns of their own. Nothing was written."
+        f"3 of 6 rows hold negative values, which {to} does not take. Leave `sign` out (or give"
+        " `sign='split'`) to write them as columns of their own. Nothing was written."
     )
 
 
 @pytest.mark.parametrize("to", FORMATS)
 def test_sign_error_refuses_negatives_for_every_target(codes_path, write, to):
-    with pytest.raises(InputError, match="3 of 6 rows hold negative values, and --sign error"):
+    with pytest.raises(InputError, match=r"3 of 6 rows hold negative values, and `sign=.error.`"):
         plan([codes_path], to=to, options=Options(sign="error"))
     path = write([[1, 2]], name="positive.npz")
     assert plan([path], to=to, options=Options(sign="error")).facts.columns == 2
@@ -483,11 +483,11 @@ def test_lengths_and_widths_are_checked_over_all_rows(write, monkeypatch):
     long[2] = 1
     assert refusal(write(long), "pgvector") == (
         "a row holds 16001 entries, but pgvector takes up to 16000 in a row. Encode with"
-        " --max-active 16000. Nothing was written."
+        " `max_active=16000`. Nothing was written."
     )
     assert plan([write(long[:, 1:])], to="pgvector").notes == [
         "1 rows have more than 1000 entries, which the type takes and an HNSW index refuses. For"
-        " one, encode with --max-active 1000"
+        " one, encode with `max_active=1000`"
     ]
     assert plan([write(long[:, :1000])], to="pgvector").notes == []
     wide = scipy.sparse.csr_array(([1.0], ([0], [0])), shape=(1, 2**16))
@@ -636,7 +636,7 @@ def test_lines_can_go_to_a_pipe_and_other_formats_cannot(codes_path):
             write_lines(plan([codes_path], to=to), stream)
             assert stream.getvalue() == converted(codes_path, to).read_bytes()
         else:
-            with pytest.raises(UsageError, match=f"--to {to} cannot go to a pipe: give --out FILE"):
+            with pytest.raises(UsageError, match=f"{to} cannot go to a pipe: give `out`"):
                 write_lines(plan([codes_path], to=to), stream)
 
 
@@ -651,11 +651,11 @@ def test_a_format_that_is_not_installed_says_how_to_get_it(codes_path, monkeypat
 @pytest.mark.parametrize(
     ("options", "message"),
     [
-        ({"sign": "abs"}, "--sign must be one of auto, split, keep, error, not abs"),
-        ({"scale": 0.0}, "--scale must be above 0, not 0.0"),
-        ({"scale": float("nan")}, "--scale must be above 0, not nan"),
-        ({"field": "a.b"}, "--field 'a.b': give a name without a dot"),
-        ({"field": ""}, "--field '': give a name"),
+        ({"sign": "abs"}, "`sign` must be one of auto, split, keep, error, not abs"),
+        ({"scale": 0.0}, "`scale` must be above 0, not 0.0"),
+        ({"scale": float("nan")}, "`scale` must be above 0, not nan"),
+        ({"field": "a.b"}, "`field` 'a.b': give a name without a dot"),
+        ({"field": ""}, "`field` '': give a name"),
     ],
 )
 def test_options_that_cannot_be_are_refused(options, message):
@@ -664,7 +664,7 @@ def test_options_that_cannot_be_are_refused(options, message):
 
 
 def test_an_unknown_format_is_refused_with_those_there_are(codes_path):
-    with pytest.raises(UsageError, match=r"--to must be one of jsonl, parquet, .*qdrant, not csv"):
+    with pytest.raises(UsageError, match=r"`to` must be one of jsonl, parquet, .*qdrant, not csv"):
         plan([codes_path], to="csv")
 
 

@@ -217,6 +217,15 @@ def test_a_graph_with_weights_elsewhere_is_not_loaded(
         open_session(path, device="cpu")
 
 
+def test_a_location_without_a_value_is_an_empty_one_and_refused(tmp_path: Path) -> None:
+    tensor = external("w.bin")
+    tensor.external_data[0].ClearField("value")
+    path = saved(tmp_path / "g.onnx", in_initializer(tensor))
+    assert external_files(path) == {""}
+    with pytest.raises(ValueError, match="takes weights from ''"):
+        check_external_files(path)
+
+
 @pytest.mark.parametrize("place", [in_initializer, in_attribute])
 def test_a_graph_with_weights_beside_it_is_loaded(tmp_path: Path, place: Place) -> None:
     (tmp_path / "w.bin").write_bytes(np.full(4, 2, np.float32).tobytes())

@@ -31,9 +31,9 @@ def test_what_is_not_there_may_be_written(tmp_path: Path) -> None:
 
 def test_what_is_there_needs_force(ours: Path, tmp_path: Path) -> None:
     (tmp_path / "a.png").write_bytes(b"\x89PNG\r\n\x1a\n...")
-    with pytest.raises(UsageError, match=r"ours: exists already.*--force"):
+    with pytest.raises(UsageError, match=r"ours: exists already.*`force=True`"):
         check_output(ours, KIND, force=False)
-    with pytest.raises(UsageError, match=r"a\.png: exists already.*--force"):
+    with pytest.raises(UsageError, match=r"a\.png: exists already.*`force=True`"):
         check_output(tmp_path / "a.png", PNG, force=False)
     check_output(ours, KIND, force=True)
     check_output(tmp_path / "a.png", PNG, force=True)

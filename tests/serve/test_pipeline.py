@@ -35,10 +35,13 @@ from vsc_serve.executors import (
 )
 from vsc_serve.executors.processes import ProcessExecutor
 from vsc_serve.executors.read import EncodeSpec, EncodeWorker
+from vsc_serve.executors.task import Task
+from vsc_serve.executors.worker_process import PathTask, _pack
 from vsc_serve.options import PLAIN, EncodeOptions
 from vsc_serve.pipeline import Batch, Job, batches, run_job, stream
 from vsc_serve.pipeline.shards import ShardStore
-from vsc_serve.sources import Source, find_sources
+from vsc_serve.sources import FileSource, Source, find_sources
+from vsc_serve.sources.roots import find_root
 
 HOSTILE = '''
 import os, signal, time
@@ -65,6 +68,19 @@ class OnceKiller:
     def read(self):
         if not os.path.exists(self.mark):
             open(self.mark, "w").close()
+            os.kill(os.getpid(), signal.SIGKILL)
+        with open(self.path, "rb") as file:
+            return file.read()
+
+@dataclass(frozen=True)
+class TwiceKiller:
+    """Brings two workers down, as when a machine is short of memory for a while."""
+    id: str
+    marks: str
+    path: str
+    def read(self):
+        if len(os.listdir(self.marks)) < 2:
+            open(os.path.join(self.marks, str(os.getpid())), "w").close()
             os.kill(os.getpid(), signal.SIGKILL)
         with open(self.path, "rb") as file:
             return file.read()
@@ -243,6 +259,21 @@ def test_a_worker_that_dies_for_another_reason_costs_nothing(
     sources.insert(2, hostile.OnceKiller("again.png", str(tmp_path / "mark"), path))
     with processes(tiny_bundle, 1) as pool:
         ids, _, bad = collect(batches(pool, iter(sources), 7))
+    assert ids == [source.id for source in sources]
+    assert not bad
+
+
+@pytest.mark.slow
+def test_an_image_that_was_alone_when_its_worker_was_killed_is_tried_once_more(
+    tiny_bundle: Path, pictures: Path, hostile: ModuleType, tmp_path: Path
+) -> None:
+    (tmp_path / "marks").mkdir()
+    sources = found(pictures)[:4]
+    path = str(pictures / "39.png")
+    sources.insert(2, hostile.TwiceKiller("again.png", str(tmp_path / "marks"), path))
+    with processes(tiny_bundle, 1) as pool:
+        ids, _, bad = collect(batches(pool, iter(sources), 5))
+    assert len(list((tmp_path / "marks").iterdir())) == 2
     assert ids == [source.id for source in sources]
     assert not bad
 
@@ -459,6 +490,42 @@ def test_no_readable_image_at_all_is_an_error_with_the_first_reason(
     assert not out.exists()
 
 
+def test_the_example_is_a_row_with_active_latents(
+    fake_encoder: Encoder, picture_folder: Path, tmp_path: Path
+) -> None:
+    for name, size in (("00.png", 8), ("0 1.png", 8)):
+        Image.fromarray(np.full((size, size), 128, np.uint8)).save(picture_folder / name)
+    out = tmp_path / "codes.npz"
+    outcome = run_in_threads(fake_encoder, iter(found(picture_folder)), out)
+    codes, ids, *_ = read_codes(out)
+    assert codes[[0]].nnz == codes[[1]].nnz == 0
+    assert outcome.example == ids[int(np.flatnonzero(np.diff(codes.indptr))[0])]
+
+
+def test_the_codes_of_a_link_are_written_where_it_leads_to(
+    fake_encoder: Encoder, picture_folder: Path, tmp_path: Path
+) -> None:
+    other = tmp_path / "another disk"
+    other.mkdir()
+    for name in ("codes.npz", "codes"):
+        (tmp_path / name).symlink_to(other / name)
+        store = ShardStore(tmp_path / name)
+        assert store.folder == other / f"{name}.parts"
+        run_in_threads(fake_encoder, iter(found(picture_folder)), tmp_path / name)
+        assert (tmp_path / name).is_symlink()
+        assert len(read_codes(other / name).ids) == 12
+
+
+def test_a_task_travels_with_the_root_of_its_files(picture_folder: Path) -> None:
+    sources = found(picture_folder)
+    packed = _pack(Task(1, 2, sources))
+    assert isinstance(packed, PathTask)
+    root = packed.unpack().sources[0].root  # type: ignore[attr-defined]  # files have one
+    assert root == find_root(f"{picture_folder}/")
+    others = [FileSource("a", "a", find_root(str(picture_folder.parent)))]
+    assert isinstance(_pack(Task(1, 2, [*sources, *others])), Task)
+
+
 def test_the_list_of_an_earlier_run_is_removed_when_every_file_can_be_read(
     fake_encoder: Encoder, picture_folder: Path, tmp_path: Path
 ) -> None:
@@ -586,10 +653,10 @@ def test_failures_are_tried_again_and_only_successes_are_reused(
     error = InputError("needs pillow-heif", kind="package missing")
     sources = flaky_sources(picture_folder, [0, 4, 5, 11], error)
     fields: dict[str, Any] = {"shard_rows": shard_rows, "batch_size": batch_size, "is_strict": True}
-    with pytest.raises(InputError, match="--strict: 4 of 12 inputs cannot be read"):
+    with pytest.raises(InputError, match="`is_strict`: 4 of 12 inputs cannot be read"):
         run_in_threads(fake_encoder, iter(sources), out, **fields)
     sources[4].error = None
-    with pytest.raises(InputError, match="--strict: 3 of 12 inputs cannot be read"):
+    with pytest.raises(InputError, match="`is_strict`: 3 of 12 inputs cannot be read"):
         run_in_threads(fake_encoder, iter(sources), out, **fields)
     listed = [json.loads(line) for line in errors_path(out).read_text().splitlines()]
     assert [one["id"] for one in listed] == [sources[place].id for place in (0, 5, 11)]

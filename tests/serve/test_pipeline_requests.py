@@ -135,7 +135,7 @@ def test_update_encodes_everything_when_the_old_codes_cannot_serve(
     run(out)
     outcome = run(out, is_update=True)
     assert outcome.statistics.fresh == 39
-    assert "was made without --update" in run.said[-1]
+    assert "was made without `is_update`" in run.said[-1]
     outcome = run(out, is_update=True, options=EncodeOptions(tau=0.3))
     assert outcome.statistics.fresh == 39
     assert "has another tau: 0.5" in run.said[-1]
@@ -150,7 +150,7 @@ def test_shares_of_several_machines_joined_are_the_whole(run: Runs, tmp_path: Pa
     assert [len(read_codes(out).ids) for out in outs] == [12, 13, 14]
     join_codes(outs, tmp_path / "all.npz", read_codes(whole).meta)
     assert (tmp_path / "all.npz").read_bytes() == whole.read_bytes()
-    with pytest.raises(UsageError, match="--shard 1/99: 40 inputs leave nothing for this share"):
+    with pytest.raises(UsageError, match="`share=1/99`: 40 inputs leave nothing for this share"):
         run(tmp_path / "none.npz", share=(1, 99))
 
 
@@ -322,7 +322,7 @@ def test_nothing_stays_of_a_run_without_a_row_but_the_reasons(run: Runs, tmp_pat
 def test_an_output_of_unknown_kind_is_refused(run: Runs, tmp_path: Path) -> None:
     with pytest.raises(UsageError, match=r"must end in \.npz or \.parquet, or be a folder"):
         run.job(tmp_path / "codes.csv")
-    with pytest.raises(UsageError, match="--update works on"):
+    with pytest.raises(UsageError, match="`is_update` works on"):
         run.job(tmp_path / "codes.parquet", is_update=True)
 
 
@@ -337,7 +337,7 @@ def test_a_plan_counts_and_writes_nothing(run: Runs, tmp_path: Path) -> None:
 
 def test_strict_writes_the_list_and_no_codes(run: Runs, tmp_path: Path) -> None:
     out = tmp_path / "codes.npz"
-    with pytest.raises(InputError, match="--strict: 1 of 40 inputs cannot be read"):
+    with pytest.raises(InputError, match="`is_strict`: 1 of 40 inputs cannot be read"):
         run(out, is_strict=True)
     assert not out.exists()
     assert "09.png" in (tmp_path / "codes.errors.jsonl").read_text()

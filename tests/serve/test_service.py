@@ -748,7 +748,7 @@ def test_a_large_upload_reads_its_refusal_and_a_broken_one_leaves_no_traceback()
 def test_a_port_in_use_is_a_usage_error(fake_encoder):
     with socket.create_server(("127.0.0.1", 0)) as taken:
         port = taken.getsockname()[1]
-        message = f"cannot listen on 127.0.0.1, port {port} .*in use.*another --host or --port"
+        message = f"cannot listen on 127.0.0.1, port {port} .*in use.*another `host` or `port`"
         with pytest.raises(UsageError, match=message):
             server.run(create_app(fake_encoder), port=port)
 
@@ -756,7 +756,7 @@ def test_a_port_in_use_is_a_usage_error(fake_encoder):
 @pytest.mark.parametrize(
     ("host", "port", "message"),
     [
-        ("127.0.0.1", 99999, "--port must be between 0 and 65535, not 99999"),
+        ("127.0.0.1", 99999, "`port` must be between 0 and 65535, not 99999"),
         ("no.such.host.invalid", 0, "cannot listen on no.such.host.invalid, port 0"),
     ],
 )

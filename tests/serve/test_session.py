@@ -106,7 +106,7 @@ def test_cuda_asked_for_and_not_there_stops_with_the_remedy(tiny_bundle):
     if cuda_is_there():
         pytest.skip("this machine has CUDA")
     with pytest.raises(
-        DeviceError, match=r"^--device cuda: .*Run: .*'vsc-serve\[gpu\]'.*--device "
+        DeviceError, match=r"^`device=.cuda.`: .*Run: .*'vsc-serve\[gpu\]'.*`device="
     ):
         open_session(tiny_bundle / ENCODER, device="cuda")
 

@@ -1,6 +1,8 @@
 """Shards: whole or not there, and only for the run they belong to."""
 
 import json
+import resource
+import signal
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -10,6 +12,7 @@ import pytest
 
 from vsc_serve.codes import CodeFile, Codes, dense_to_csr, join_codes, read_codes, write_codes
 from vsc_serve.errors import InputError, UsageError
+from vsc_serve.executors.digests import save_digests
 from vsc_serve.pipeline.shards import Fingerprint, RejectedSource, ShardRecord, ShardStore
 
 META = {"model": "m", "model_digest": "0", "tau": 0.5, "view": "mean"}
@@ -143,3 +146,70 @@ def test_a_fingerprint_sees_names_sizes_times_and_order() -> None:
         of(["a\udcff", "b"], ["1 1", "2 2"]),
     ]
     assert len({base, *others}) == 6
+
+
+def leave(place: Path, **files: str) -> None:
+    """Write files into a folder, as a run that was killed there would have."""
+    place.mkdir()
+    for name, content in files.items():
+        (place / name.replace("_", ".")).write_text(content)
+
+
+def test_a_run_that_was_killed_before_its_first_file_has_a_name_is_no_foreign_folder(
+    tmp_path: Path,
+) -> None:
+    store = ShardStore(tmp_path / "codes")
+    store.folder.mkdir()
+    (store.folder / ".run.json.0123456789ab.tmp").write_text("{")
+    with store.locked():
+        store.begin({"model": "m", "shard_rows": 5})
+        write(store, 0, 3)
+    assert store.record(0) is not None
+
+
+def test_shards_that_were_about_to_become_the_output_are_taken_back(tmp_path: Path) -> None:
+    store = ShardStore(tmp_path / "codes")
+    with store.locked():
+        store.begin({"model": "m", "shard_rows": 5})
+        record = write(store, 0, 3)
+    store.folder.rename(tmp_path / ".codes.0123456789ab.tmp")
+    with store.locked():
+        assert store.record(0) == record
+    assert [path.name for path in tmp_path.iterdir()] == ["codes.parts"]
+
+
+def test_an_output_that_was_set_aside_by_a_killed_run_is_put_back(tmp_path: Path) -> None:
+    leave(tmp_path / ".codes.0123456789ab.old", manifest_json="{}")
+    with ShardStore(tmp_path / "codes").locked():
+        assert (tmp_path / "codes" / "manifest.json").is_file()
+    leave(tmp_path / ".codes.0123456789ab.old", manifest_json="{}")
+    with ShardStore(tmp_path / "codes").locked():
+        pass
+    assert [path.name for path in tmp_path.iterdir()] == ["codes"]
+
+
+def test_what_killed_runs_have_left_beside_an_output_is_removed_and_nothing_else(
+    tmp_path: Path,
+) -> None:
+    other = [".other.npz.0123456789ab.tmp", ".codes.npz.0123.tmp", ".codes.npz.0123456789ab.bak"]
+    ours = [".codes.npz.0123456789ab.tmp", ".codes.errors.jsonl.0123456789ab.tmp"]
+    for name in (*ours, *other):
+        (tmp_path / name).write_bytes(b"half")
+    leave(tmp_path / ".codes.npz.parts.0123456789ab.tmp", part_npz="")
+    with ShardStore(tmp_path / "codes.npz", tmp_path / "codes.errors.jsonl").locked():
+        pass
+    assert sorted(path.name for path in tmp_path.iterdir()) == sorted(other)
+
+
+def test_digests_that_do_not_fit_on_the_disk_are_an_error(tmp_path: Path) -> None:
+    digests = [f"{number:064x}" for number in range(100)]
+    before = resource.getrlimit(resource.RLIMIT_FSIZE)
+    earlier = signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
+    try:
+        resource.setrlimit(resource.RLIMIT_FSIZE, (500, before[1]))
+        with pytest.raises(InputError, match=r"digests\.npy: cannot be written \(File too large"):
+            save_digests(tmp_path / "digests.npy", digests)
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, before)
+        signal.signal(signal.SIGXFSZ, earlier)
+    assert list(tmp_path.iterdir()) == []

@@ -185,7 +185,7 @@ def test_ids_are_the_path_inside_the_whole_path_or_the_name(here):
 
 def test_two_pictures_with_one_name_are_refused_and_both_are_named(here):
     fill(here, "x/1.jpg", "y/1.jpg")
-    with pytest.raises(UsageError, match=r"the id '1\.jpg'.*x/1\.jpg.*y/1\.jpg.*--ids relative"):
+    with pytest.raises(UsageError, match=r"the id '1\.jpg'.*x/1\.jpg.*y/1\.jpg.*`ids=.relative.`"):
         ids(".", ids="name")
     with pytest.raises(UsageError, match=r"the id 'x/1\.jpg'"):
         ids("x", "./", "x/1.jpg")

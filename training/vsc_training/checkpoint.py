@@ -30,8 +30,9 @@ from vsc_serve.atomic import atomic_file
 from vsc_serve.errors import InputError, UsageError
 from vsc_serve.images import PixelSpec
 from vsc_serve.outputs import MARKER, FolderKind, check_output, remove_folder, write_marker
+from vsc_serve.schema import conform, conform_fields, load_json
 from vsc_training.backbone import BackboneSpec
-from vsc_training.config import Recipe, recipe_from
+from vsc_training.config import Recipe
 from vsc_training.data import Examples
 from vsc_training.model import VSC, DataSpec
 
@@ -91,10 +92,33 @@ class Checkpoint:
     random: dict[str, Tensor]
 
     def build_model(self) -> VSC:
-        """Return the model with the stored weights, in eval mode, on the CPU."""
+        """Return the model with the stored weights, in eval mode, on the CPU.
+
+        Raises:
+            InputError: The weights are not those of the recipe.
+        """
+        self._check_weights()
         model = VSC(self.state.recipe, self.state.data)
         model.load_state_dict(self.weights)
         return model.eval()
+
+    def _check_weights(self) -> None:
+        """Compare names and shapes first: a wrong number in a recipe must not take memory."""
+        try:
+            with torch.device("meta"):
+                wanted = VSC(self.state.recipe, self.state.data).state_dict()
+        except (RuntimeError, ValueError, TypeError, OverflowError, MemoryError) as error:
+            reason = str(error).partition("\n")[0]
+            raise InputError(f"the recipe of the checkpoint makes no model ({reason}).") from error
+        found = self.weights
+        differing = sorted(wanted.keys() ^ found.keys()) or [
+            name for name in wanted if wanted[name].shape != found[name].shape
+        ]
+        if differing:
+            raise InputError(
+                f"the weights of the checkpoint are not those of its recipe: {differing[0][:100]}."
+                " Train again or restore a copy."
+            )
 
 
 def save_checkpoint(run: Path, checkpoint: Checkpoint) -> None:
@@ -127,11 +151,11 @@ def load_checkpoint(run: Path) -> Checkpoint:
             metadata = stored.metadata() or {}
             names = list(stored.keys())
             tensors = {name: stored.get_tensor(name) for name in names}
-        state = json.loads(metadata["vsc_state"])
+        state = _state_from_json(load_json(metadata["vsc_state"]), path)
     except (SafetensorError, OSError, KeyError, ValueError) as error:
         raise InputError(f"{path}: damaged ({error}). Train again or restore a copy.") from error
     return Checkpoint(
-        _state_from_json(state, path),
+        state,
         _stripped(_WEIGHTS, tensors),
         _stripped(_OPTIMIZER, tensors),
         _stripped(_RANDOM, tensors),
@@ -254,25 +278,41 @@ def _state_to_json(state: RunState) -> dict[str, Any]:
     }
 
 
-def _state_from_json(stored: dict[str, Any], path: Path) -> RunState:
+@dataclass(frozen=True, kw_only=True)
+class _StoredState:
+    """The JSON in the header."""
+
+    step: int
+    recipe: Recipe
+    pixel_spec: dict[str, Any] | None
+    input_dim: int | None
+    data_fingerprint: str
+    figures: dict[str, Any]
+    name: str
+    backbone: dict[str, Any] | None = None
+
+
+def _state_from_json(stored: Any, path: Path) -> RunState:
+    """Return what the header says. Raises ValueError, KeyError, InputError or UsageError."""
+    stored = conform(stored, dict[str, Any], "the state")
     if stored.get("format") != FORMAT:
         raise InputError(
             f"{path}: checkpoint format {stored.get('format')}, but this version reads format"
             f" {FORMAT}."
             " Upgrade vsc-serve, or train again."
         )
-    spec, backbone = stored["pixel_spec"], stored.get("backbone")
+    found = conform_fields(stored, _StoredState, ignore=True)
+    backbone = BackboneSpec.from_json(found.backbone) if found.backbone else None
+    spec = found.pixel_spec and conform_fields(
+        found.pixel_spec, PixelSpec, "pixel_spec", ignore=True
+    )
     return RunState(
-        step=stored["step"],
-        recipe=recipe_from(stored["recipe"], where=str(path)),
-        data=DataSpec(
-            pixel_spec=PixelSpec.from_json(spec) if spec else None,
-            input_dim=stored["input_dim"],
-            backbone=BackboneSpec.from_json(backbone) if backbone else None,
-        ),
-        data_fingerprint=stored["data_fingerprint"],
-        figures=stored["figures"],
-        name=stored["name"],
+        step=found.step,
+        recipe=found.recipe,
+        data=DataSpec(pixel_spec=spec or None, input_dim=found.input_dim, backbone=backbone),
+        data_fingerprint=found.data_fingerprint,
+        figures=found.figures,
+        name=found.name,
     )
 
 

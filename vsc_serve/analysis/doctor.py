@@ -70,7 +70,7 @@ def _examine_cuda() -> Finding:
     except DeviceError as error:
         return Finding("-", "cuda", f"not looked for: {error}")
     if is_there:
-        return Finding("ok", "cuda", "the provider and a driver are here; --device cuda proves it")
+        return Finding("ok", "cuda", "provider and driver are here; `device='cuda'` proves it")
     return Finding(
         "-", "cuda", "none: encoding runs on the CPU. For a GPU: pip install 'vsc-serve[gpu]'"
     )

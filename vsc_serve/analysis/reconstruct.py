@@ -104,7 +104,7 @@ def _read_input(images: Path, identity: str, decoder: Decoder) -> NDArray[np.uin
         return read_pixels(path, image_spec(decoder.manifest))
     except InputError as error:
         raise InputError(
-            f"{path}: {error}. --images must be the folder that was encoded."
+            f"{path}: {error}. `images` must be the folder that was encoded."
         ) from error
 
 
@@ -126,7 +126,7 @@ def _save(folder: Path, identity: str, picture: Image.Image) -> None:
             picture.save(file, "PNG")
     except FileExistsError:
         raise InputError(
-            f"id {identity}: its image would take the place of another row's. Draw one with --rows."
+            f"id {identity}: its image would take the place of another row's. Draw one with `rows`."
         ) from None
     except (OSError, ValueError) as error:
         reason = error.strerror if isinstance(error, OSError) else error

@@ -22,7 +22,8 @@ from vsc_serve.cli.inspect import doctor, info
 from vsc_serve.cli.options import print_text
 from vsc_serve.cli.search import search
 from vsc_serve.cli.serve import serve
-from vsc_serve.console import LineFormatter, printable
+from vsc_serve.cli.translate import OptionFormatter, as_options
+from vsc_serve.console import printable, quiet_pillow
 from vsc_serve.errors import Interrupted, UsageError, VscError
 
 app = typer.Typer(
@@ -53,9 +54,10 @@ def main() -> None:
     """Run `vsc`. A VscError becomes one line on stderr and the exit code of its class."""
     streams.prepare()
     _log_to_stderr()
-    for entry_point in sorted(entry_points(group="vsc.commands"), key=lambda entry: entry.name):
-        app.add_typer(entry_point.load())
+    quiet_pillow()
     try:
+        for entry_point in sorted(entry_points(group="vsc.commands"), key=lambda entry: entry.name):
+            app.add_typer(entry_point.load())
         code = app(standalone_mode=False)
         sys.stdout.flush()  # a full disk shows here, not when Python ends
     except streams.ReaderGone:
@@ -77,12 +79,12 @@ def main() -> None:
 
 def _log_to_stderr() -> None:
     handler = logging.StreamHandler(sys.stderr)
-    handler.setFormatter(LineFormatter("%(levelname)s %(message)s"))
+    handler.setFormatter(OptionFormatter("%(levelname)s %(message)s"))
     logging.basicConfig(handlers=[handler])
 
 
 def _fail(error: VscError) -> NoReturn:
     with suppress(streams.ReaderGone, VscError):
         sys.stdout.flush()
-    sys.stderr.write(f"vsc: {printable(str(error))}\n")
+    sys.stderr.write(f"vsc: {printable(as_options(str(error)))}\n")
     sys.exit(error.exit_code)

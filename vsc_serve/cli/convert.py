@@ -2,11 +2,12 @@
 
 import sys
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, BinaryIO
+from typing import TYPE_CHECKING, Annotated, BinaryIO, Literal
 
 import typer
 
 from vsc_serve.cli.options import ForceOption
+from vsc_serve.cli.translate import as_options
 from vsc_serve.console import progress, say
 
 if TYPE_CHECKING:
@@ -14,24 +15,34 @@ if TYPE_CHECKING:
 
 _STDOUT = Path("-")
 
+# The same as `FORMATS` and `Sign`, which importing would load scipy for `vsc --help`; a test
+# compares them.
+_Format = Literal[
+    "jsonl",
+    "parquet",
+    "npz",
+    "h5ad",
+    "bigann",
+    "anserini",
+    "elasticsearch",
+    "opensearch",
+    "pgvector",
+    "qdrant",
+]
+_Sign = Literal["auto", "split", "keep", "error"]
+
 
 def convert(
     codes: Annotated[
         list[Path], typer.Argument(help="Files that `vsc encode` wrote, or folders of shards.")
     ],
-    to: Annotated[
-        str,
-        typer.Option(
-            help="jsonl, parquet, npz, h5ad, bigann, anserini, elasticsearch, opensearch, pgvector"
-            " or qdrant."
-        ),
-    ],
+    to: Annotated[_Format, typer.Option(help="Format to write.")],
     *,
     out: Annotated[
         Path, typer.Option(help="File to write; - is stdout, for formats of lines.")
     ] = _STDOUT,
     sign: Annotated[
-        str, typer.Option(help="Negative values: auto (split where needed), split, keep or error.")
+        _Sign, typer.Option(help="Negative values; auto splits where that is needed.")
     ] = "auto",
     field: Annotated[
         str, typer.Option(help="Field of elasticsearch, opensearch and qdrant.")
@@ -49,15 +60,10 @@ def convert(
         require_lines(to)
     else:
         check_target(to, out, codes, force=force)
-    options = Options(
-        sign=sign,  # type: ignore[arg-type]  # checked there
-        field=field,
-        scale=scale,
-        compress=compress,
-    )
+    options = Options(sign=sign, field=field, scale=scale, compress=compress)
     planned = plan(codes, to=to, options=options)
     for note in planned.notes:
-        say("note", note)
+        say("note", as_options(note))
     with progress("convert", planned.facts.rows, "rows") as shown:
         if out == _STDOUT:
             _write_stdout(planned)

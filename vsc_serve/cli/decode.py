@@ -9,7 +9,6 @@ from vsc_serve.cli.options import (
     DeviceOption,
     ForceOption,
     ModelOption,
-    check_device,
     find_model,
     refuse_other_model,
 )
@@ -55,7 +54,7 @@ def decode(
     stored = read_codes(codes)
     _refuse_other_values(stored)
     chosen = _pick_rows(stored, rows, default_count=None if sheet is None else 10)
-    decoder = Decoder.open(bundle, device=check_device(device))
+    decoder = Decoder.open(bundle, device=device)
     refuse_other_model(stored, decoder.manifest.digest, bundle)
     if out is not None:
         count = write_reconstructions(decoder, stored, rows=_pick_rows(stored, rows), out=out)

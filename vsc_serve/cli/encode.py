@@ -18,10 +18,10 @@ from vsc_serve.cli.options import (
     ForceOption,
     JsonOption,
     ModelOption,
-    check_device,
     find_model,
     print_text,
 )
+from vsc_serve.cli.translate import as_options
 from vsc_serve.console import Progress, ending_cleanly, progress, require_extra, say
 from vsc_serve.errors import UsageError, VscError
 
@@ -99,7 +99,7 @@ def encode(
         model=find_model(model),
         options=EncodeOptions(tau=tau, view=view, max_active=max_active, uncertainty=uncertainty),
         executor=ExecutorOptions(
-            device=check_device(device),
+            device=device,
             workers=workers,
             read=ReadOptions(max_pixels=max_pixels),
         ),
@@ -134,20 +134,26 @@ def _encode(job: "Job", *, given_model: Path | None, as_json: bool) -> None:
     convert = _write_parquet if job.out.suffix == ".parquet" else None
     if convert is not None:
         require_extra("parquet", "pyarrow")
-    encoded = encode_to_file(job, say=say, show=show, convert=convert)
+    encoded = encode_to_file(job, say=_say, show=show, convert=convert)
     _say_encoded(job, encoded)
-    say("next", _next_command(job, given_model))
+    say("next", _next_command(job, given_model, encoded.outcome.example))
     if as_json:
         print_text(json.dumps(_encoded_metrics(job, encoded)))
 
 
-def _next_command(job: "Job", given_model: Path | None) -> str:
-    """Return a command that works as it stands, but for the name of an image."""
-    out = shlex.quote(str(job.out))
+def _say(label: str, text: str) -> None:
+    say(label, as_options(text))
+
+
+def _next_command(job: "Job", given_model: Path | None, example: str) -> str:
+    """Return a command that works as it stands. `example` is the id of a row."""
     if job.out.suffix == ".parquet":
-        return f"an index that reads Parquet; `vsc search` takes .npz: --out {job.out.stem}.npz"
-    own = "" if given_model is None else f" --model {shlex.quote(str(given_model))}"
-    return f"vsc search {out} --like {'ID' if job.is_array else 'IMAGE'} --explain{own}"
+        script = f"import pyarrow.parquet; print(pyarrow.parquet.read_table({str(job.out)!r}))"
+        return shlex.join(["python", "-c", script])
+    command = ["vsc", "search", str(job.out), f"--like={example}", "--explain"]
+    if not example.startswith("-"):
+        command[3:4] = ["--like", example]
+    return shlex.join([*command, *([] if given_model is None else ["--model", str(given_model)])])
 
 
 def _expect(job: "Job", shown: Progress) -> None:

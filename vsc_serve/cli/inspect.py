@@ -6,6 +6,7 @@ from typing import Annotated
 import typer
 
 from vsc_serve.cli.options import JsonOption, print_json, print_text
+from vsc_serve.cli.translate import as_options
 
 
 def info(
@@ -34,6 +35,6 @@ def doctor(*, as_json: JsonOption = False) -> None:
         print_json([vars(finding) for finding in findings])
     else:
         for finding in findings:
-            print_text(f"{finding.mark:<5} {finding.name:<16} {finding.text}")
+            print_text(f"{finding.mark:<5} {finding.name:<16} {as_options(finding.text)}")
     if any(finding.mark == "FAIL" for finding in findings):
         raise typer.Exit(1)

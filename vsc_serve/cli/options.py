@@ -4,7 +4,7 @@ import json
 import os
 import sys
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any, Final
+from typing import TYPE_CHECKING, Annotated, Any, Final, Literal
 
 import typer
 
@@ -16,12 +16,15 @@ if TYPE_CHECKING:
     from vsc_serve.codes import CodeFile
 
 _DEFAULT_MODEL: Final = Path("model")
-_DEVICES: Final = ("auto", "cpu", "cuda")
+
+Device = Literal["auto", "cpu", "cuda"]
+"""The same as `session.Device`, which importing would load numpy for `vsc --help`; a test compares
+them."""
 
 ModelOption = Annotated[
     Path | None, typer.Option(help="Bundle (default: $VSC_MODEL, ./model, the built-in one).")
 ]
-DeviceOption = Annotated[str, typer.Option(help="auto, cpu or cuda.")]
+DeviceOption = Annotated[Device, typer.Option(help="Where the model runs.")]
 JsonOption = Annotated[bool, typer.Option("--json", help="Print JSON to stdout.")]
 ForceOption = Annotated[bool, typer.Option("--force", help="Replace the output.")]
 
@@ -46,13 +49,6 @@ def find_model(given: Path | None) -> Path:
         f"no model: the built-in one is missing ({builtin}). Give --model DIR, set VSC_MODEL, or"
         " make ./model with `vsc train` and `vsc export`."
     )
-
-
-def check_device(choice: str) -> Any:
-    """Return the choice when it is a device's name. Raises UsageError."""
-    if choice not in _DEVICES:
-        raise UsageError(f"--device must be one of {', '.join(_DEVICES)}, not {choice}")
-    return choice
 
 
 def print_text(text: str) -> None:

@@ -1,24 +1,28 @@
 """`vsc search`: the rows most like an image."""
 
-import json
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated
+from typing import TYPE_CHECKING, Annotated, Literal
 
 import typer
 
 from vsc_serve.cli.options import (
+    Device,
     DeviceOption,
     JsonOption,
     ModelOption,
-    check_device,
     find_model,
+    print_json,
     print_text,
     refuse_other_model,
 )
+from vsc_serve.console import say
 from vsc_serve.errors import UsageError
 
 if TYPE_CHECKING:
     from vsc_serve.codes import CodeFile, Codes
+
+_Metric = Literal["cosine", "dot"]
+"""The same as `index.exact.Metric`; a test compares them."""
 
 
 def search(
@@ -26,7 +30,7 @@ def search(
     like: Annotated[str, typer.Option(help="An image file, or the id of a row.")],
     *,
     top: Annotated[int, typer.Option(help="Hits to print.", min=1)] = 10,
-    metric: Annotated[str, typer.Option(help="cosine or dot.")] = "cosine",
+    metric: Annotated[_Metric, typer.Option(help="Score.")] = "cosine",
     explain: Annotated[bool, typer.Option("--explain", help="List the shared features.")] = False,
     model: ModelOption = None,
     device: DeviceOption = "auto",
@@ -38,14 +42,11 @@ def search(
     from vsc_serve.codes import read_codes
     from vsc_serve.index import exact
 
-    if metric not in exact.METRICS:
-        raise UsageError(f"--metric must be one of {', '.join(exact.METRICS)}, not {metric}")
-    chosen: exact.Metric = metric  # type: ignore[assignment]  # checked above
     stored = read_codes(codes)
     query = _query_code(stored, like, model, device)
-    hits = exact.search(stored.codes, query, top=top, metric=chosen)
+    hits = exact.search(stored.codes, query, top=top, metric=metric) if query.nnz else []
     features = {
-        hit.row: exact.explain(stored.codes, hit.row, query, metric=chosen) if explain else []
+        hit.row: exact.explain(stored.codes, hit.row, query, metric=metric) if explain else []
         for hit in hits
     }
     if as_json:
@@ -54,8 +55,11 @@ def search(
             | ({"shared": [asdict(feature) for feature in features[hit.row]]} if explain else {})
             for hit in hits
         ]
-        print_text(json.dumps({"like": like, "metric": metric, "hits": found}))
+        facts = {"like": like, "metric": metric, "query_active": query.nnz}
+        print_json(facts | {"hits": found})
         return
+    if not query.nnz:
+        say("query", f"the code of {like} is empty: no latent is active, so nothing is like it")
     for hit in hits:
         print_text(f"{hit.score:7.4f}  {stored.ids[hit.row]}")
         for feature in features[hit.row]:
@@ -65,7 +69,7 @@ def search(
             )
 
 
-def _query_code(stored: "CodeFile", like: str, model: Path | None, device: str) -> "Codes":
+def _query_code(stored: "CodeFile", like: str, model: Path | None, device: Device) -> "Codes":
     """Return the code of a row (by id) or of an image file."""
     path = Path(like)
     if like in stored.ids and not path.is_file():
@@ -77,6 +81,6 @@ def _query_code(stored: "CodeFile", like: str, model: Path | None, device: str) 
 
     options = EncodeOptions.of_codes(stored.meta)
     bundle = find_model(model)
-    encoder = Encoder.open(bundle, device=check_device(device))
+    encoder = Encoder.open(bundle, device=device)
     refuse_other_model(stored, encoder.manifest.digest, bundle)
     return encoder.encode_rows(encoder.read([path]), options).codes

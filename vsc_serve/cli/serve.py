@@ -4,7 +4,7 @@ from typing import Annotated
 
 import typer
 
-from vsc_serve.cli.options import DeviceOption, ModelOption, check_device, find_model
+from vsc_serve.cli.options import DeviceOption, ModelOption, find_model
 from vsc_serve.console import require_extra
 
 
@@ -23,4 +23,4 @@ def serve(
     from vsc_serve.service.server import serve as run_service
 
     limits = Limits(max_body_bytes=max_body_mb * 1_000_000, max_rows=max_rows)
-    run_service(find_model(model), host=host, port=port, device=check_device(device), limits=limits)
+    run_service(find_model(model), host=host, port=port, device=device, limits=limits)

@@ -12,6 +12,9 @@ from vsc_serve.outputs import FileKind, FolderKind
 ERRORS_LIST: Final = "errors.jsonl"
 """Inputs without a row, in a folder of shards."""
 
+_OF_THE_RUN: Final = ("run.json", "part-*.json", "digests.npy")
+"""What a run that was killed in its last moment did not remove."""
+
 
 def _is_codes(path: Path) -> bool:
     try:
@@ -32,7 +35,8 @@ def _is_error_list(path: Path) -> bool:
 
 
 def _shards(stored: dict[str, Any]) -> Sequence[str] | None:
-    return ("part-*.npz", ERRORS_LIST) if isinstance(stored.get("shards"), list) else None
+    is_list = isinstance(stored.get("shards"), list)
+    return ("part-*.npz", ERRORS_LIST, *_OF_THE_RUN) if is_list else None
 
 
 CODES_FILE: Final = FileKind(name="a file of codes", recognises=_is_codes)

@@ -66,8 +66,8 @@ def _bad_values(name: str, limits: Limits, survey: Survey) -> str | None:
     if survey.negative_rows and not limits.is_signed:
         return (
             f"{survey.negative_rows} of {survey.rows} rows hold negative values, which {name} does"
-            " not take. Leave --sign out (or give --sign split) to write them as columns of their"
-            " own."
+            " not take. Leave `sign` out (or give `sign='split'`) to write them as columns"
+            " of their own."
         )
     if survey.entries and survey.smallest < limits.min_value:
         return (
@@ -83,7 +83,7 @@ def _bad_sizes(name: str, limits: Limits, survey: Survey) -> str | None:
     if limits.max_entries is not None and survey.longest_row > limits.max_entries:
         return (
             f"a row holds {survey.longest_row} entries, but {name} takes up to"
-            f" {limits.max_entries} in a row. Encode with --max-active {limits.max_entries}."
+            f" {limits.max_entries} in a row. Encode with `max_active={limits.max_entries}`."
         )
     return None
 

@@ -40,11 +40,11 @@ class Options:
 
     def __post_init__(self) -> None:
         if self.sign not in get_args(Sign):
-            raise UsageError(f"--sign must be one of {', '.join(get_args(Sign))}, not {self.sign}")
+            raise UsageError(f"`sign` must be one of {', '.join(get_args(Sign))}, not {self.sign}")
         if not (np.isfinite(self.scale) and self.scale > 0):
-            raise UsageError(f"--scale must be above 0, not {self.scale}")
+            raise UsageError(f"`scale` must be above 0, not {self.scale}")
         if not self.field or "." in self.field:
-            raise UsageError(f"--field {self.field!r}: give a name without a dot")
+            raise UsageError(f"`field` {self.field!r}: give a name without a dot")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -91,7 +91,7 @@ def plan(paths: Sequence[Path], *, to: str, options: Options | None = None) -> P
         InputError: Codes that cannot be read, or that the target does not take.
     """
     if to not in FORMATS:
-        raise UsageError(f"--to must be one of {', '.join(FORMATS)}, not {to}")
+        raise UsageError(f"`to` must be one of {', '.join(FORMATS)}, not {to}")
     require_extra(to, *FORMATS[to].modules)
     options = options or Options()
     rows, limits = Rows(paths), FORMATS[to].limits
@@ -99,7 +99,7 @@ def plan(paths: Sequence[Path], *, to: str, options: Options | None = None) -> P
     notes = []
     if _must_split(facts, options.sign, limits):
         rows, facts = Rows(paths, is_split=True), facts.split()
-        reason = "--sign split" if limits.is_signed else f"{to} takes no negative values"
+        reason = '`sign="split"`' if limits.is_signed else f"{to} takes no negative values"
         notes.append(
             f"{facts.latent_dim} latents become {facts.columns} columns, [max(z, 0); max(-z, 0)]:"
             f" {reason}. Split queries alike: their dot product is never below that of the codes"
@@ -164,7 +164,7 @@ def require_lines(to: str) -> None:
 def _lines_of(to: str) -> _Lines:
     lines = FORMATS[to].lines
     if lines is None:
-        raise UsageError(f"--to {to} cannot go to a pipe: give --out FILE")
+        raise UsageError(f"{to} cannot go to a pipe: give `out`")
     return lines
 
 
@@ -176,11 +176,12 @@ def _must_split(facts: Survey, sign: Sign, limits: Limits) -> bool:
     """
     if sign == "error" and facts.negative_rows:
         raise InputError(
-            f"{facts.negative_rows} of {facts.rows} rows hold negative values, and --sign error"
-            " refuses them. Leave --sign out, or encode with --view gamma. Nothing was written."
+            f"{facts.negative_rows} of {facts.rows} rows hold negative values, and"
+            ' `sign="error"` refuses them. Leave `sign` out, or encode with `view="gamma"`.'
+            " Nothing was written."
         )
     if sign == "split" and facts.is_split:
-        raise UsageError("--sign split: these codes are split already. Leave it out.")
+        raise UsageError('`sign="split"`: these codes are split already. Leave it out.')
     if sign != "auto" or limits.is_signed or facts.is_split:
         return sign == "split"
     return facts.negative_rows > 0 or facts.meta.get("view") == "mean"
@@ -191,7 +192,7 @@ def _notes(planned: Planned) -> list[str]:
     if planned.to == "pgvector" and facts.long_rows:
         notes.append(
             f"{facts.long_rows} rows have more than {LONG_ROW} entries, which the type takes and an"
-            f" HNSW index refuses. For one, encode with --max-active {LONG_ROW}"
+            f" HNSW index refuses. For one, encode with `max_active={LONG_ROW}`"
         )
     if planned.to == "anserini":
         notes += _rounding_notes(planned)
@@ -206,7 +207,7 @@ def _rounding_notes(planned: Planned) -> list[str]:
     scale = planned.options.scale
     if planned.facts.largest * scale > _INT32_MAX:
         raise InputError(
-            f"--scale {scale:g}: the largest value {planned.facts.largest:.3g} becomes more than"
+            f"`scale={scale:g}`: the largest value {planned.facts.largest:.3g} becomes more than"
             f" {_INT32_MAX}. Give a smaller one. Nothing was written."
         )
     lost = sum(

@@ -32,7 +32,7 @@ class ExecutorOptions:
 
     def __post_init__(self) -> None:
         if self.workers is not None and self.workers < 0:
-            raise UsageError(f"--workers must be 0 or more, not {self.workers}")
+            raise UsageError(f"`workers` must be 0 or more, not {self.workers}")
 
 
 def open_executor(

@@ -1,5 +1,6 @@
 """Digests of what codes were made from: an image that is the same need not be encoded again."""
 
+import io
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Self
@@ -46,5 +47,7 @@ def save_digests(path: Path, digests: Sequence[str]) -> None:
     table = np.empty((len(digests), _WORDS + 1), np.uint64)
     table[:, :_WORDS] = words.reshape(-1, _WORDS)
     table[:, _WORDS] = np.arange(len(digests))
+    content = io.BytesIO()  # into a file `np.save` writes without a look at whether it could
+    np.save(content, table[np.argsort(table[:, 0], kind="stable")], allow_pickle=False)
     with atomic_file(path) as file:
-        np.save(file, table[np.argsort(table[:, 0], kind="stable")], allow_pickle=False)
+        file.write(content.getbuffer())

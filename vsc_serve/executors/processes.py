@@ -2,7 +2,8 @@
 
 A worker that exits (killed, out of memory, a decoder that crashes) or that spends minutes on one
 image takes its chunk with it. The chunk is then tried again one image at a time, so that only an
-image that crashes a worker by itself is left out, with the reason.
+image that crashes a worker by itself is left out, with the reason; and by itself it is tried once
+more, because a worker may also be killed for what the machine lacks.
 """
 
 from collections import deque
@@ -59,6 +60,7 @@ class ProcessExecutor:
         self._results: dict[int, list[ChunkResult]] = {}
         self._provenance: dict[str, Any] | None = None
         self._exits = 0
+        self._crashed_alone: set[tuple[int, int]] = set()
 
     def __enter__(self) -> Self:
         """Spawn the first worker."""
@@ -157,7 +159,8 @@ class ProcessExecutor:
             if worker.is_ready and worker.silent_s() > self._image_limit_s:
                 self._drain(worker)
                 worker.kill()
-                self._on_exit(worker, f"took over {self._image_limit_s:g} s")
+                why = f"took over {self._image_limit_s:g} s"
+                self._on_exit(worker, why, is_hanging=True)
 
     def _drain(self, worker: WorkerProcess) -> None:
         """Handle what a worker has sent before it began to hang."""
@@ -176,7 +179,7 @@ class ProcessExecutor:
         self._exits = 0
         self._results.setdefault(task.number, []).append(result)
 
-    def _on_exit(self, worker: WorkerProcess, why: str) -> None:
+    def _on_exit(self, worker: WorkerProcess, why: str, *, is_hanging: bool = False) -> None:
         """Queue the tasks of a worker that is gone again, the one it was at as single images."""
         self._processes.remove(worker)
         worker.connection.close()
@@ -186,29 +189,34 @@ class ProcessExecutor:
         suspect = worker.tasks.popleft() if worker.is_ready and worker.tasks else None
         self._tasks.extendleft(reversed(worker.tasks))
         if suspect is not None:
-            self._retry_singly(suspect, why)
+            self._retry(suspect, why, is_hanging=is_hanging)
         if not self._processes:
             self._spawn()
 
-    def _retry_singly(self, task: Task, why: str) -> None:
-        if len(task.sources) == 1:
+    def _retry(self, task: Task, why: str, *, is_hanging: bool) -> None:
+        """Queue a task that took its worker along, image by image, or reject its only image."""
+        image = (task.number, task.offset)
+        if len(task.sources) == 1 and not is_hanging and image not in self._crashed_alone:
+            self._crashed_alone.add(image)
+            self._tasks.appendleft(task)
+        elif len(task.sources) == 1:
             rejected = Rejected(task.offset, f"crashes its reader ({why})", "crash")
             result = self._spec.rejected_result(rejected, file_signature(task.sources[0]))
             self._results.setdefault(task.number, []).append(result)
-            return
-        singles = [
-            Task(task.number, task.offset + place, (source,))
-            for place, source in enumerate(task.sources)
-        ]
-        self._tasks.extendleft(reversed(singles))
+        else:
+            singles = [
+                Task(task.number, task.offset + place, (source,))
+                for place, source in enumerate(task.sources)
+            ]
+            self._tasks.extendleft(reversed(singles))
 
     def _cannot_continue(self, why: str) -> VscError:
         if self._provenance is None:
             return DeviceError(
                 f"a worker process exits while it opens the model ({why})."
-                " See `vsc doctor`; --workers 0 works without processes."
+                " See `vsc doctor`; `workers=0` works without processes."
             )
         return DeviceError(
             f"{self._exits} worker processes exited one after the other ({why}). Is there enough"
-            " memory? Try fewer --workers."
+            " memory? Try fewer `workers`."
         )

@@ -264,7 +264,7 @@ class ReadImages:
     def fetch(self, source: Source) -> bytes:
         """Read a source and note its signature; for a file both from one look at it."""
         if type(source) is FileSource:
-            content, status = read_with_status(source.path)
+            content, status = read_with_status(source.path, root=source.root)
             self._signatures.append(_signature(status))
             return content
         self._signatures.append(file_signature(source))

@@ -11,6 +11,7 @@ from threading import Thread
 from time import perf_counter
 from typing import TypeAlias
 
+from vsc_serve.console import quiet_pillow
 from vsc_serve.errors import VscError
 from vsc_serve.executors.read import EncodeWorker, ReadSpec, ReadWorker, WorkerSpec
 from vsc_serve.executors.task import ChunkResult, Task
@@ -34,6 +35,7 @@ def main(channel: int, shared: int) -> None:
         shared: File descriptor of the memory that both see: a counter of images, then pixels.
     """
     signal.signal(signal.SIGINT, signal.SIG_IGN)  # the parent decides when to stop
+    quiet_pillow()
     connection = Connection(channel)
     try:
         spec: WorkerSpec = connection.recv()

@@ -27,6 +27,7 @@ from vsc_serve.errors import VscError
 from vsc_serve.executors.read import ReadSpec, WorkerSpec
 from vsc_serve.executors.task import ChunkResult, Task
 from vsc_serve.sources import FileSource
+from vsc_serve.sources.roots import Root
 
 HEARTBEAT_BYTES: Final = 8
 _EXIT_S: Final = 2.0
@@ -41,21 +42,28 @@ _ENVIRONMENT: Final = {
 
 
 class PathTask(NamedTuple):
-    """A task of which every source is a file: the paths travel ten times faster than objects."""
+    """A task of files below one root: their paths travel ten times faster than objects."""
 
     number: int
     offset: int
     paths: tuple[str, ...]
+    root: Root | None
 
     def unpack(self) -> Task:
         """Return the task; a worker needs no ids."""
-        return Task(self.number, self.offset, tuple(FileSource(path, path) for path in self.paths))
+        sources = tuple(FileSource(path, path, self.root) for path in self.paths)
+        return Task(self.number, self.offset, sources)
 
 
 def _pack(task: Task) -> Task | PathTask:
     """Return a task as it travels to another process."""
-    paths = tuple(source.path for source in task.sources if type(source) is FileSource)
-    return PathTask(task.number, task.offset, paths) if len(paths) == len(task.sources) else task
+    first = task.sources[0]
+    root = first.root if isinstance(first, FileSource) else None
+    paths = tuple(
+        source.path for source in task.sources if type(source) is FileSource and source.root is root
+    )
+    is_all = len(paths) == len(task.sources)
+    return PathTask(task.number, task.offset, paths, root) if is_all else task
 
 
 class Ready(NamedTuple):

@@ -56,7 +56,7 @@ def search(codes: Codes, query: Codes, *, top: int = 10, metric: Metric = "cosin
         UsageError: `top` or `metric` makes no sense.
     """
     if top < 1:
-        raise UsageError(f"--top must be at least 1, not {top}")
+        raise UsageError(f"`top` must be at least 1, not {top}")
     scores = _scores(codes, query, metric)
     top = min(top, len(scores))
     nearest = np.argpartition(-scores, top - 1)[:top] if top < len(scores) else np.arange(top)
@@ -93,7 +93,7 @@ def explain(
 
 def _scores(codes: Codes, query: Codes, metric: Metric) -> NDArray[np.float64]:
     if metric not in METRICS:
-        raise UsageError(f"--metric must be one of {', '.join(METRICS)}, not {metric}")
+        raise UsageError(f"`metric` must be one of {', '.join(METRICS)}, not {metric}")
     if query.shape[1] != codes.shape[1]:
         raise InputError(
             f"the query has {query.shape[1]} latents, the codes have {codes.shape[1]}."

@@ -55,7 +55,7 @@ def encode_to_file(job: Job, *, say: Say, show: Show, convert: Convert | None = 
     """
     job.check_out()
     bundle = open_bundle(job.model)
-    store, scan = ShardStore(job.out), Scan()
+    store, scan = ShardStore(job.out, job.errors_path), Scan()
     with ExitStack() as stack:
         job, executor, sources = _open_inputs(job, bundle, scan, store)
         stack.enter_context(executor)
@@ -85,7 +85,7 @@ def encode_to_file(job: Job, *, say: Say, show: Show, convert: Convert | None = 
 def plan(job: Job) -> Plan:
     """Find out what a job would do, and write nothing."""
     bundle = open_bundle(job.model)
-    store, scan = ShardStore(job.out), Scan()
+    store, scan = ShardStore(job.out, job.errors_path), Scan()
     job, executor, sources = _open_inputs(job, bundle, scan, store)
     finished = count_finished(store, job.identity(), scan.counted(sources), job.shard_rows)
     return Plan(scan, finished, executor)
@@ -122,7 +122,7 @@ def _open_inputs(job: Job, bundle: Bundle, scan: Scan, store: ShardStore) -> _Op
 
 def _open_arrays(job: Job, scan: Scan) -> _Opened:
     if job.is_update:
-        raise UsageError("--update compares files of images; encode arrays without it")
+        raise UsageError("`is_update` compares files of images; encode arrays without it")
     arrays = open_arrays(job.inputs, exclude=job.exclude, ids=job.ids, on_skip=scan.skip)
     encoder = Encoder.open(job.model, device=job.executor.device)
     executor = ArrayExecutor(encoder, arrays, job.options)
@@ -135,7 +135,7 @@ def _take_share(job: Job, sources: Iterator[Source], total: int) -> Iterator[Sou
     number, count = job.share
     start, stop = total * (number - 1) // count, total * number // count
     if start == stop:
-        raise UsageError(f"--shard {number}/{count}: {total} inputs leave nothing for this share")
+        raise UsageError(f"`share={number}/{count}`: {total} inputs leave nothing for this share")
     return islice(sources, start, stop)
 
 

@@ -63,14 +63,14 @@ class Job:
     def __post_init__(self) -> None:
         if self.is_folder and self.out.suffix and not self.out.is_dir():
             raise UsageError(
-                f"{self.out}: --out must end in {' or '.join(FILE_SUFFIXES)}, or be a folder (a"
+                f"{self.out}: `out` must end in {' or '.join(FILE_SUFFIXES)}, or be a folder (a"
                 " name without an extension)"
             )
         if self.is_update and self.out.suffix == ".parquet":
-            raise UsageError(f"{self.out}: --update works on .npz and on folders of shards")
-        for name, number in (("batch-size", self.batch_size), ("shard-rows", self.shard_rows)):
+            raise UsageError(f"{self.out}: `is_update` works on .npz and on folders of shards")
+        for name, number in (("batch_size", self.batch_size), ("shard_rows", self.shard_rows)):
             if number is not None and number < 1:
-                raise UsageError(f"--{name} must be 1 or more, not {number}")
+                raise UsageError(f"`{name}` must be 1 or more, not {number}")
 
     @property
     def is_folder(self) -> bool:

@@ -67,6 +67,8 @@ class Outcome:
     seconds: StageSeconds = field(default_factory=StageSeconds)
     total_s: float = 0.0
     """From the first source to the finished output."""
+    example: str = ""
+    """Id of a row, of one with active latents where the first shard has one."""
 
 
 def run_job(
@@ -98,7 +100,7 @@ def run_job(
         SourceUnavailable: A source cannot be reached now; finished shards are kept.
         Interrupted: Stopped by SIGINT or SIGTERM; finished shards are kept.
     """
-    store = ShardStore(job.out)
+    store = ShardStore(job.out, job.errors_path)
     meta = executor.provenance()
     if differing := store.begin(job.identity() | {"meta": meta, "shard_rows": job.shard_rows}):
         say("resume", f"{store.folder} discarded: another {', '.join(differing)}")
@@ -275,30 +277,50 @@ class _Run:
             InputError: There is no row, or a rejected source and the run is strict.
         """
         began = time.perf_counter()
-        errors = self._write_errors()
-        if not self._outcome.statistics.images:
-            self._store.remove()
-            raise self._none_readable(errors)
-        if self._job.is_strict and self._outcome.rejected:
-            total = self._outcome.rejected + self._outcome.statistics.images
-            raise InputError(
-                f"--strict: {self._outcome.rejected} of {total} inputs cannot be read, see"
-                f" {errors}. No codes were written; what was encoded is kept in"
-                f" {self._store.folder}, and the same command tries the others again."
-            )
+        self._refuse_too_few()
+        self._outcome.example = self._find_example()
         if self._job.is_folder:
+            errors = self._write_errors()
             self._store.keep(self._records, errors.name if errors else None)
         else:
             paths = self._store.paths(len(self._records))
             if convert is not None:
-                convert(paths, self._job.out)
+                convert(paths, self._store.joined)
             else:
-                join_codes(paths, self._job.out, self._meta, compress=self._job.compress)
+                join_codes(paths, self._store.joined, self._meta, compress=self._job.compress)
+            # Both are whole before the first gets its name, and the list does first: a run that is
+            # killed between them is run again, and mends it.
+            self._write_errors()
+            self._store.publish()
             self._store.remove()
         self._outcome.seconds.write += time.perf_counter() - began
 
+    def _find_example(self) -> str:
+        first = next(number for number, record in enumerate(self._records) if record.rows)
+        stored = read_codes(self._store.path(first))
+        entries = np.diff(stored.codes.indptr)
+        shown = [row for row, name in enumerate(stored.ids) if name.isprintable()]
+        return stored.ids[max(shown, key=lambda row: entries[row] > 0, default=0)]
+
+    def _refuse_too_few(self) -> None:
+        """Raise InputError without a row, or with a rejected source where the run is strict."""
+        if not self._outcome.statistics.images:
+            errors = self._write_errors()
+            self._store.remove()
+            raise self._none_readable(errors)
+        if self._job.is_strict and self._outcome.rejected:
+            errors = self._write_errors()
+            total = self._outcome.rejected + self._outcome.statistics.images
+            raise InputError(
+                f"`is_strict`: {self._outcome.rejected} of {total} inputs cannot be read, see"
+                f" {errors}. No codes were written; what was encoded is kept in"
+                f" {self._store.folder}, and the same command tries the others again."
+            )
+
     def how_to_resume(self) -> str:
         """Return what to tell someone whose run has stopped."""
+        if self._store.is_published:
+            return f"{self._job.out} is whole all the same: there is nothing left to do."
         kept = self._store.count_sources()
         if not kept:
             return "no shard was finished, and nothing was written: run the same command again."
@@ -360,7 +382,7 @@ class _Run:
             first = result.rejected[0]
             raise InputError(
                 f"{chunk[first.position].id}: {first.reason}."
-                " --on-error fail stops at the first unreadable input.",
+                ' `on_error="fail"` stops at the first unreadable input.',
                 kind=first.kind,
             )
         rows = result.rows
@@ -396,7 +418,7 @@ class _Run:
         is_folder = self._job.is_folder
         path = self._store.folder / ERRORS_LIST if is_folder else self._job.errors_path
         if not self._outcome.rejected:
-            path.unlink(missing_ok=True)
+            _remove_file(path)
             return None
         with atomic_file(path) as file:
             for record in self._records:
@@ -413,6 +435,13 @@ class _Run:
             f" {first.reason}. No codes were written.{listed}",
             kind=first.kind,
         )
+
+
+def _remove_file(path: Path) -> None:
+    try:
+        path.unlink(missing_ok=True)
+    except OSError as error:
+        raise InputError(f"{path}: cannot be removed ({error.strerror or error}).") from error
 
 
 def count_finished(

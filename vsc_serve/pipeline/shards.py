@@ -14,7 +14,7 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any, Final, NamedTuple
 
-from vsc_serve.atomic import atomic_file, name_beside, replace_folder
+from vsc_serve.atomic import atomic_file, left_behind, name_beside, remove_at_once, replace_folder
 from vsc_serve.codes import (
     CODES_FOLDER,
     ERRORS_LIST,
@@ -25,7 +25,7 @@ from vsc_serve.codes import (
 )
 from vsc_serve.errors import InputError, Kind, UsageError
 from vsc_serve.locks import exclusive
-from vsc_serve.outputs import FolderKind, remove_folder
+from vsc_serve.outputs import TEMPORARY, FolderKind, remove_folder
 
 SHARD_ROWS: Final = 100_000
 """Sources in a shard."""
@@ -36,7 +36,8 @@ _RUN: Final = "run.json"
 
 def _contents(stored: dict[str, Any]) -> Sequence[str] | None:
     is_ours = "shard_rows" in stored and "format" in stored
-    return ("part-*.npz", "part-*.json", "*.npy", SHARD_LIST, ERRORS_LIST) if is_ours else None
+    files = ("*.npz", "*.parquet", "part-*.json", "*.npy", SHARD_LIST, ERRORS_LIST)
+    return files if is_ours else None
 
 
 WORK_FOLDER: Final = FolderKind(
@@ -92,12 +93,20 @@ class ShardStore:
     """The folder of a run's shards.
 
     Args:
-        out: What the run writes: `codes.npz` has its shards in `codes.npz.parts`.
+        out: What the run writes: `codes.npz` has its shards in `codes.npz.parts`. Of a link, they
+            lie beside what it leads to.
+        beside: Another file that the run writes.
     """
 
-    def __init__(self, out: Path) -> None:
-        self._out = out
-        self.folder = name_beside(out, suffix=".parts")
+    def __init__(self, out: Path, beside: Path | None = None) -> None:
+        self._out, self._beside = out, beside
+        self._target = Path(os.path.realpath(out))
+        self.folder = name_beside(self._target, suffix=".parts")
+        name = self._target.with_suffix("").name
+        self.joined = name_beside(self.folder / name, "joined-", self._target.suffix)
+        """File that becomes the output, where that is one file."""
+        self.is_published = False
+        """Whether the output is whole."""
 
     @contextmanager
     def locked(self) -> Iterator[None]:
@@ -107,17 +116,21 @@ class ShardStore:
             UsageError: Another run is writing there, or the folder's name is taken.
             InputError: The folder cannot be made.
         """
-        with exclusive(self._out):
+        with exclusive(self._target):
+            with self._writing():
+                self._tidy()
             if os.path.lexists(self.folder) and (why := WORK_FOLDER.why_not_ours(self.folder)):
                 raise UsageError(
                     f"{self.folder}: is {why}. The shards of a run go there: move it, or choose"
-                    " another --out."
+                    " another `out`."
                 )
             try:
                 yield
             finally:
-                if not any(self._records()):
-                    self.remove()
+                with suppress(OSError):  # what led here says more, and is on its way
+                    if self.is_published or not any(self._records()):
+                        self.remove()
+                        self._remove_left_behind()
 
     def begin(self, run: dict[str, Any]) -> list[str]:
         """Say what the run is, and discard the shards of another one.
@@ -130,9 +143,10 @@ class ShardStore:
         if earlier == run:
             return []
         differing = sorted(name for name in run if earlier.get(name) != run[name])
-        had_shards = any(self._records())
-        for path in self.folder.glob("part-*"):
-            path.unlink()
+        with self._writing():
+            had_shards = any(self._records())
+            for path in self.folder.glob("part-*"):
+                path.unlink()
         _write_json(self.folder / _RUN, run)
         return differing if had_shards else []
 
@@ -152,7 +166,9 @@ class ShardStore:
 
     def count_sources(self) -> int:
         """Return how many sources the finished shards have."""
-        numbers = [int(path.stem.removeprefix("part-")) for path in self._records()]
+        numbers: list[int] = []
+        with suppress(OSError):
+            numbers = [int(path.stem.removeprefix("part-")) for path in self._records()]
         records = [self.record(number) for number in numbers]
         return sum(record.sources for record in records if record is not None)
 
@@ -168,11 +184,12 @@ class ShardStore:
             InputError: It cannot be written (disk full, no permission).
         """
         path = self._path(number, "npz")
-        self._path(number, "json").unlink(missing_ok=True)
         codes, ids, meta, gamma, sigma, digests = shard
-        write_codes(path, codes, ids, meta, gamma=gamma, sigma=sigma, digests=digests)
-        with path.open("rb") as file:
-            sha256 = hashlib.file_digest(file, "sha256").hexdigest()
+        with self._writing():
+            self._path(number, "json").unlink(missing_ok=True)
+            write_codes(path, codes, ids, meta, gamma=gamma, sigma=sigma, digests=digests)
+            with path.open("rb") as file:
+                sha256 = hashlib.file_digest(file, "sha256").hexdigest()
         record = ShardRecord(rows=len(ids), sha256=sha256, **facts)
         self.write_record(number, record)
         return record
@@ -192,6 +209,8 @@ class ShardStore:
     def keep(self, records: Sequence[ShardRecord], also: str | None = None) -> None:
         """Make the folder itself the output: shards, their list, the file `also`, nothing else.
 
+        What only a run needs is removed last: one that is killed before can resume.
+
         Raises:
             UsageError: What is there is no folder of codes.
             InputError: It cannot be written.
@@ -202,20 +221,57 @@ class ShardStore:
         ]
         _write_json(self.folder / SHARD_LIST, {"format": SHARD_FORMAT, "shards": shards})
         wanted = {SHARD_LIST, also, *(str(shard["file"]) for shard in shards)}
-        try:
-            for path in self.folder.iterdir():
+        with self._writing():
+            for path in self.folder.glob("part-*.npz"):
                 if path.name not in wanted:
                     path.unlink()
-            replace_folder(self.folder, Path(os.path.realpath(self._out)), CODES_FOLDER)
-        except OSError as error:
-            raise InputError(
-                f"{self._out}: cannot be written ({error.strerror or error})."
-            ) from error
+            replace_folder(self.folder, self._target, CODES_FOLDER)
+        self.is_published = True
+        with suppress(OSError):
+            for path in self._target.iterdir():
+                if path.name not in wanted:
+                    path.unlink()
+
+    def publish(self) -> None:
+        """Make the file `joined` the output. Raises InputError."""
+        with self._writing():
+            self.joined.replace(self._target)
+        self.is_published = True
 
     def remove(self) -> None:
         """Remove the folder with all in it, unless somebody has put something of theirs there."""
         with suppress(OSError, UsageError):
-            remove_folder(self.folder, WORK_FOLDER)
+            remove_at_once(self.folder, WORK_FOLDER)
+
+    def _tidy(self) -> None:
+        """Take back or remove what killed runs have left under temporary names."""
+        for path in left_behind(self._target, "old"):
+            if not os.path.lexists(self._target):
+                path.rename(self._target)  # a run was killed while it replaced it
+        for path in left_behind(self._target, "tmp"):
+            has_shards = path.is_dir() and (path / _RUN).is_file()
+            if has_shards and not os.path.lexists(self.folder):
+                path.rename(self.folder)
+        self._remove_left_behind()
+
+    def _remove_left_behind(self) -> None:
+        names = [self._target, self.folder, *([self._beside] if self._beside else [])]
+        found = [path for name in names for path in left_behind(name, "tmp")]
+        for path in (*found, *left_behind(self._target, "old")):
+            if path.is_dir():
+                remove_folder(path, TEMPORARY)
+            else:
+                path.unlink()
+
+    @contextmanager
+    def _writing(self) -> Iterator[None]:
+        """Make an error of the file system an InputError that names the output."""
+        try:
+            yield
+        except OSError as error:
+            raise InputError(
+                f"{self._out}: cannot be written ({error.strerror or error})."
+            ) from error
 
     def _records(self) -> Iterator[Path]:
         return self.folder.glob("part-*.json")

@@ -64,10 +64,10 @@ def open_previous(
         return None, f"{path} is not there yet"
     stored = read_codes(path)
     if stored.digests is None:
-        return None, f"{path} was made without --update and has no digests"
+        return None, f"{path} was made without `is_update` and has no digests"
     for name in _SAME:
         if stored.meta.get(name) != provenance.get(name):
             return None, f"{path} has another {name}: {stored.meta.get(name)}"
     if (stored.gamma is not None) != options.uncertainty:
-        return None, f"{path} was made {'without' if options.uncertainty else 'with'} --uncertainty"
+        return None, f"{path} was made {'without' if options.uncertainty else 'with'} `uncertainty`"
     return PreviousCodes(stored), ""

@@ -144,14 +144,14 @@ class _Server(uvicorn.Server):
 def _listen(host: str, port: int) -> socket.socket:
     """Return a listening socket. Raises UsageError when the address is taken or cannot be used."""
     if not 0 <= port <= 65535:
-        raise UsageError(f"--port must be between 0 and 65535, not {port}")
+        raise UsageError(f"`port` must be between 0 and 65535, not {port}")
     try:
         family = socket.getaddrinfo(host, port, type=socket.SOCK_STREAM)[0][0]
         return socket.create_server((host, port), family=family, backlog=2048)
     except OSError as error:
         raise UsageError(
             f"cannot listen on {host}, port {port} ({error.strerror})."
-            " Choose another --host or --port."
+            " Choose another `host` or `port`."
         ) from error
 
 

@@ -72,7 +72,7 @@ def _refuse(name: str, again: Callable[[], Iterator[Source]] | None) -> UsageErr
     places = " and ".join(getattr(source, "where", repr(source)) for source in sources)
     return UsageError(
         f"two images would have the id {name!r}{': ' if places else ''}{places}."
-        " Give each image once, or choose longer ids: --ids relative, or --ids absolute."
+        ' Give each image once, or choose longer ids: `ids="relative"`, or `ids="absolute"`.'
     )
 
 
