@@ -52,8 +52,6 @@ class Encoder:
         session: Session,
         manifest: Manifest,
         compaction: Compaction = DENSE,
-        *,
-        batch_size: int = BATCH_SIZE,
     ) -> None:
         """Wrap an open session. `Encoder.open` is what most callers want.
 
@@ -61,11 +59,9 @@ class Encoder:
             session: Computes the graph that the compaction names.
             manifest: What the bundle says.
             compaction: How outputs become rows.
-            batch_size: Rows that the session is given at a time, at most.
         """
         self._session = session
         self._compaction = compaction
-        self._batch_size = batch_size
         self.manifest = manifest
 
     @classmethod
@@ -145,8 +141,8 @@ class Encoder:
         """Encode as `encode_rows` does, and give the statistics of the decisions too."""
         _check_rows(rows, self.manifest)
         decisions, parts = DecisionStatistics(), []
-        for start in range(0, len(rows), self._batch_size):
-            encoded = self._encode_batch(rows[start : start + self._batch_size], start, options)
+        for start in range(0, len(rows), BATCH_SIZE):
+            encoded = self._encode_batch(rows[start : start + BATCH_SIZE], start, options)
             parts.append(encoded.rows)
             decisions.add(encoded.decisions)
         latent_dim = self.manifest.latent_dim

@@ -3,7 +3,6 @@
 import gc
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -20,10 +19,10 @@ from vsc_serve.compaction import COMPACT
 from vsc_serve.cuda import PinnedArray, cuda_count, provider_options
 from vsc_serve.encoder import Encoder
 from vsc_serve.errors import BundleError, InputError
-from vsc_serve.executors.gpu import GpuExecutor, encode_on, gpu_batch_size, read_spec
+from vsc_serve.executors import ExecutorOptions, choose, open_executor
+from vsc_serve.executors.gpu import GpuExecutor, encode_on, read_spec
 from vsc_serve.executors.processes import ProcessExecutor
 from vsc_serve.executors.task import Encode
-from vsc_serve.images import PixelSpec
 from vsc_serve.models import builtin_model
 from vsc_serve.options import PLAIN, EncodeOptions
 from vsc_serve.pipeline import batches, stream
@@ -192,12 +191,23 @@ def test_threads_share_the_sessions_of_a_pool(tiny_bundle: Path) -> None:
         encode(inputs[0])
 
 
-def test_small_images_go_to_a_gpu_by_the_thousand(tiny_bundle: Path) -> None:
-    manifest = open_bundle(tiny_bundle).manifest
-    assert gpu_batch_size(manifest) == 1024
-    for side, rows in ((64, 1024), (96, 606), (224, 256)):
-        spec = PixelSpec(height=side, width=side, channels=3)
-        assert gpu_batch_size(replace(manifest, pixel_spec=spec)) == rows
+@pytest.mark.parametrize(
+    ("usable", "asked", "readers"), [(16, None, 14), (2, None, 1), (1, None, 1), (16, 16, 16)]
+)
+def test_readers_leave_processors_to_what_feeds_the_gpu(
+    tiny_bundle: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    usable: int,
+    asked: int | None,
+    readers: int,
+) -> None:
+    def on_cpu(*_: Any) -> tuple[list[list[Encode]], dict[str, Any]]:
+        return [[dense(tiny_bundle)]], {}
+
+    monkeypatch.setattr(choose, "open_encoders", on_cpu)
+    monkeypatch.setattr(choose, "usable_cpus", lambda: usable)
+    how = ExecutorOptions(device="cuda", workers=asked)
+    assert open_executor(open_bundle(tiny_bundle), how=how).workers == readers
 
 
 def test_pinned_memory_without_cuda_is_ordinary_memory() -> None:

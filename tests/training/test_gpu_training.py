@@ -120,6 +120,8 @@ def test_a_compiled_step_computes_what_the_plain_one_does(cuda: torch.device) ->
     counters.clear()
     kept = []
     for _ in range(recipe.steps):
+        # From the same weights: over many steps roundings grow into another run.
+        compiled.model.load_state_dict(plain.model.state_dict())
         expected, found = plain.advance(), compiled.advance()
         assert found.loss.item() == pytest.approx(expected.loss.item(), rel=1e-3)
         kept.append((found.loss, found.loss.item()))

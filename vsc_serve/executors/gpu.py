@@ -21,14 +21,12 @@ from vsc_serve.compaction import COMPACT, DENSE, EncodedBatch, is_plain
 from vsc_serve.encoder import BATCH_SIZE, Encoder, check_probes
 from vsc_serve.executors.processes import TASKS_AHEAD, ProcessExecutor
 from vsc_serve.executors.read import ReadOptions, ReadSpec
-from vsc_serve.executors.task import LARGEST_CHUNK, Chunk, ChunkResult, Encode, encode_fresh
+from vsc_serve.executors.task import Chunk, ChunkResult, Encode, encode_fresh
 from vsc_serve.options import EncodeOptions
 from vsc_serve.session import BoundSession, Device, open_graph
 
 _AHEAD: Final = 2
 """Chunks that wait before each model."""
-_CHUNK_BYTES: Final = 2**24
-"""Bytes of pixels that a model is given at a time, unless that is less than `BATCH_SIZE` rows."""
 _LANES: Final = 2
 """Threads a GPU, each with memory of its own: while one computes, another copies or compacts."""
 
@@ -52,7 +50,7 @@ class GpuExecutor:
     ) -> None:
         self.workers = readers.workers
         self.kind = f"processes and {len(encoders)} x cuda"
-        self.largest_chunk = spec.slot_rows
+        self.largest_chunk = BATCH_SIZE  # a thousand at a time: half as fast (docs/gpu.md)
         self._readers = readers
         self._no_pixels = np.empty((0, *spec.spec.shape), np.uint8)
         self._clocks = [_BusyClock() for _ in encoders]
@@ -150,19 +148,9 @@ def read_spec(
         spec=image_spec(manifest),
         latent_dim=manifest.latent_dim,
         slot_count=TASKS_AHEAD + 2 + _AHEAD * lane_count + 1,
-        slot_rows=gpu_batch_size(manifest),
+        slot_rows=BATCH_SIZE,
         read=read,
     )
-
-
-def gpu_batch_size(manifest: Manifest) -> int:
-    """Return how many rows a GPU is given at a time.
-
-    What a batch costs besides its arithmetic (messages, copies, the start of kernels) does not
-    depend on its size, so small images are taken by the thousand.
-    """
-    row_bytes = int(np.prod(image_spec(manifest).shape))
-    return max(BATCH_SIZE, min(LARGEST_CHUNK, _CHUNK_BYTES // row_bytes))
 
 
 def open_encoders(
@@ -180,17 +168,11 @@ def open_encoders(
         DeviceError: The device or onnxruntime is not there.
     """
     compaction = COMPACT if bundle.manifest.has_csr and is_plain(options) else DENSE
-    batch_size = gpu_batch_size(bundle.manifest)
     opened: list[list[Encode]] = []
     for number in range(device_count):
         session = open_graph(bundle, compaction.graph, device=device, device_id=number)
         encoders = [
-            Encoder(
-                BoundSession(session, batch_size),
-                bundle.manifest,
-                compaction,
-                batch_size=batch_size,
-            )
+            Encoder(BoundSession(session, BATCH_SIZE), bundle.manifest, compaction)
             for _ in range(_LANES)
         ]
         for encoder in encoders:  # which also makes its memory and chooses its kernels
