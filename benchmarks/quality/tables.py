@@ -58,7 +58,7 @@ CLAIM: Final = (
 
 
 def comparison_table(results: Sequence[Result]) -> str:
-    """Return the comparison of all models on one data set, VSC at tau .5."""
+    """Return the comparison of all models on one data set, VSC at tau 0.5."""
     rows = [result for result in results if result["view"] in ("", "tau 0.5")]
     return _table(rows, "model", COMPARISON + FACTORS, lambda result: str(result["model"]))
 
@@ -73,7 +73,7 @@ def front_table(results: Sequence[Result]) -> str:
 
 
 def claim_table(results: Sequence[Result]) -> str:
-    """Return bound and disentanglement over the latents J, VSC at tau .5."""
+    """Return bound and disentanglement over the latents J, VSC at tau 0.5."""
     rows = [result for result in results if result["view"] in ("", "tau 0.5")]
     rows.sort(key=lambda result: (result["model"], result["latent_dim"]))
     return _table(

@@ -50,7 +50,7 @@ A Variational Sparse Coding model (Tonolini, Jensen, Murray-Smith, UAI 2019), ex
 
 Measured on {figures["images"]} examples that were not trained on, at tau 0.5.
 
-## Tau is a dial
+## Operating points
 
 {_front_table(front, manifest.tau, len(measured.rows), measured.source)}
 
@@ -84,7 +84,7 @@ def _front_table(front: list[TauPoint], own_tau: float, count: int, source: str)
     """Return the table of tau with the bundle's own in bold, and what its columns are."""
     has_labels = front[0].knn is not None
     lines = [
-        "| tau | active | search cost | neighbours kept | squared error |"
+        "| tau | active | search cost | neighbour recall@10 | squared error |"
         + (" kNN |" if has_labels else ""),
         "|---|---|---|---|---|" + ("---|" if has_labels else ""),
     ]
@@ -97,8 +97,8 @@ def _front_table(front: list[TauPoint], own_tau: float, count: int, source: str)
         )
     definitions = (
         f"On {count} rows of {source}. Search cost: postings that a query is expected to\ntouch per"
-        " row, sum_j f_j^2. Neighbours kept: of the ten nearest rows in the data itself (cosine,"
-        "\ncentred), the share that are among the ten nearest by their codes."
+        " row, sum_j f_j^2. Neighbour recall@10: of the ten nearest rows in the data itself"
+        " (cosine,\ncentred), the share that are among the ten nearest by their codes."
     )
     knn = "\nkNN: share whose class is that of most of ten neighbours." if has_labels else ""
     return "\n".join(lines) + "\n\n" + definitions + knn

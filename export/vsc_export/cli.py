@@ -26,7 +26,7 @@ def export(
     out: Annotated[Path, typer.Option(help="Bundle to write.")],
     *,
     tau: Annotated[
-        float | None, typer.Option(help="Spike threshold in (0, 1) to build in (default .5).")
+        float | None, typer.Option(help="Spike threshold in (0, 1) to build in (default 0.5).")
     ] = None,
     calibrate_tau: Annotated[
         str | None,
@@ -216,7 +216,7 @@ def _parity_line(parity: "Parity") -> str:
     else:
         kept = parity.fidelity
         found = (
-            f"supports agree to {kept.support_jaccard:.4f}, neighbours kept"
+            f"supports agree to {kept.support_jaccard:.4f}, neighbour recall@10"
             f" {kept.neighbours_kept:.3f}"
         )
     return (

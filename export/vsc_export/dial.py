@@ -1,4 +1,4 @@
-"""Tau as a dial: choose it for an active count, and measure what each setting costs and keeps.
+"""Operating points: choose tau for an active count, and measure what each setting costs and keeps.
 
 A model is trained once; the threshold then moves along a front between size and quality. Compare
 points at equal search cost, not at equal active count: a query meets the rows that share a latent.

@@ -50,7 +50,7 @@ class Gate:
     min_support_jaccard: float
     min_neighbours_kept: float
     max_squared_error_rise: float
-    """Relative: .01 allows one per cent."""
+    """Relative: 0.01 allows one per cent."""
 
     def failures(self, found: Fidelity) -> list[str]:
         """Return what is lost beyond the limits, one line each. NaN is beyond every limit."""
@@ -58,7 +58,7 @@ class Gate:
         checks = [
             ("share of flipped spikes", found.flipped_share, "<=", self.max_flipped_share),
             ("support Jaccard", found.support_jaccard, ">=", self.min_support_jaccard),
-            ("neighbours kept", found.neighbours_kept, ">=", self.min_neighbours_kept),
+            ("neighbour recall@10", found.neighbours_kept, ">=", self.min_neighbours_kept),
             ("rise of the squared error", rise, "<=", self.max_squared_error_rise),
         ]
         return [

@@ -176,7 +176,7 @@ def _measure_front(model: VSC, folder: Path, measured: Rows, tau: float) -> list
 
 
 def _own_active(checkpoint: Checkpoint, front: list[TauPoint], tau: float) -> float:
-    """Return the active count at the bundle's tau; at .5 that of rows that were not trained on."""
+    """Return the active count at the bundle's tau; at 0.5 that of rows that were not trained on."""
     if tau == _TAU_OF_HEALTH:
         return float(checkpoint.state.figures["active"])
     return next(point.active for point in front if point.tau == tau)

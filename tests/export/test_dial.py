@@ -86,7 +86,7 @@ def test_an_export_for_an_active_count_is_calibrated_on_the_data_it_is_given(
 
 def test_the_card_shows_the_front(tiny_bundle: Path) -> None:
     card = (tiny_bundle / "README.md").read_text()
-    assert "| tau | active | search cost | neighbours kept | squared error |\n" in card
+    assert "| tau | active | search cost | neighbour recall@10 | squared error |\n" in card
     for tau in ("| 0.05 |", "| **0.5** |", "| 0.9 |"):
         assert tau in card
     assert "200 rows of examples of the training data" in card

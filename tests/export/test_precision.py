@@ -142,7 +142,7 @@ def test_a_variant_beyond_its_gate_is_not_written(
     [
         ({"flipped_share": 0.1}, "share of flipped spikes is 0.1, must be <= 0.002"),
         ({"support_jaccard": 0.9}, "support Jaccard is 0.9, must be >= 0.98"),
-        ({"neighbours_kept": 0.5}, "neighbours kept is 0.5, must be >= 0.95"),
+        ({"neighbours_kept": 0.5}, "neighbour recall@10 is 0.5, must be >= 0.95"),
         ({"squared_error": 2.2}, "rise of the squared error is 0.1, must be <= 0.02"),
         ({"squared_error": np.nan}, "rise of the squared error is nan, must be <= 0.02"),
         ({"support_jaccard": np.nan}, "support Jaccard is nan, must be >= 0.98"),

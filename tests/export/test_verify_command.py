@@ -98,4 +98,4 @@ def test_the_parity_line_of_a_variant_says_what_is_kept(
 ) -> None:
     export_bundle(tiny_run, tmp_path / "out", ExportOptions(precision="fp16"))
     verify(tmp_path / "out", tiny_run)
-    assert "supports agree to 1.0000, neighbours kept 1.000" in capsys.readouterr().err
+    assert "supports agree to 1.0000, neighbour recall@10 1.000" in capsys.readouterr().err

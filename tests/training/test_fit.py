@@ -238,7 +238,7 @@ def test_a_model_that_knows_its_examples_by_heart_says_so_and_what_to_do(
     recipe = small_recipe("validation_share=0.4", *NOISE_BY_HEART)
     health = fit(recipe, examples, tmp_path, device=CPU)
     (warning,) = (line.getMessage() for line in caplog.records if line.levelname == "WARNING")
-    assert "learned its examples by heart: squared error is 0." in warning
+    assert "the model overfits: squared error is 0." in warning
     assert f"and {health.squared_error:.3g} on the {health.images} kept out" in warning
     assert "--set input_dropout=0.3 (now 0) and --set weight_decay=1 (now 0)" in warning
     lines = [json.loads(line) for line in (tmp_path / "log.jsonl").read_text().splitlines()]

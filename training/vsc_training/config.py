@@ -97,7 +97,7 @@ class Recipe:
     batch_size: int = 128
     """Images per step."""
     input_dropout: float = 0.0
-    """Share of each example that training hides from the encoder, against learning by heart."""
+    """Share of each example that training hides from the encoder, against overfitting."""
     weight_decay: float = 0.0
     """Share of the layers' weights that a step at learning rate 1 would take away."""
     learning_rate: float = 1.5e-3

@@ -180,7 +180,7 @@ class _Run:
         trained = trainer.check(trained=True)
         self.log.add_health(trainer.step, trained, kind="trained")
         if reason := find_overfit(health, trained, trainer.recipe):
-            logger.warning("the model has learned its examples by heart: %s", reason)
+            logger.warning("the model overfits: %s", reason)
 
 
 def _resume(trainer: Trainer, run: Path, fingerprint: str) -> Changes:

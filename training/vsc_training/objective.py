@@ -84,7 +84,7 @@ def kl_prior(q: Posterior, p: Posterior, weights: Tensor) -> Tensor:
 def sharpen(prior: Posterior, sharpness: float) -> Posterior:
     """Keep the prior's spikes off 0 and 1: gamma_u becomes sigmoid(nu (gamma_u - 1/2)).
 
-    In the authors' code only (nu = 10, so gamma_u lies in [.0067, .9933]); without it the
+    In the authors' code only (nu = 10, so gamma_u lies in [.0067, 0.9933]); without it the
     divergence to a pseudo-input that is sure is unbounded.
     """
     return prior._replace(spike_logit=sharpness * (torch.sigmoid(prior.spike_logit) - 0.5))
