@@ -8,6 +8,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+from typer.testing import CliRunner
 
 from vsc_serve.cli import app
 from vsc_serve.codes import dense_to_csr, read_codes, write_codes
