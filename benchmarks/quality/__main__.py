@@ -87,7 +87,7 @@ def _print_tables(results: Sequence[Result], *, is_claim: bool) -> None:
         print(claim_table(results))
         return
     print(comparison_table(results))
-    print("\nThe front: one VSC over tau, one TopK for each k.\n")
+    print("\nThe trade-off: one VSC over tau, one TopK for each k.\n")
     print(front_table(results))
 
 

@@ -32,7 +32,7 @@ from vsc_training.trainer import Trainer
 TAUS: Final = (0.5, 0.3, 0.2, 0.18, 0.1, 0.095, 0.05)
 """Spike thresholds at which one fitted VSC is measured.
 
-.18 and 0.095 cost just under 1.9 and 3.3 postings on MNIST, the costs at which the front is judged.
+.18 and 0.095 cost just under 1.9 and 3.3 postings on MNIST, the costs at which the curve is judged.
 """
 MODELS: Final = (
     "vsc",
@@ -92,7 +92,7 @@ class Run:
 
     @property
     def taus(self) -> tuple[float, ...]:
-        """Spike thresholds to measure: the whole front for `vsc` in the comparison."""
+        """Spike thresholds to measure: the whole curve for `vsc` in the comparison."""
         return TAUS if self.model == "vsc" and self.active is None else TAUS[:1]
 
 

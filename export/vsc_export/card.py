@@ -1,6 +1,6 @@
 """The model card: what a bundle's README.md says, from the figures that were measured."""
 
-from vsc_export.dial import Rows, TauPoint
+from vsc_export.operating_points import Rows, TauPoint
 from vsc_export.parity import Parity
 from vsc_serve.bundle import Manifest
 from vsc_serve.options import GUARD_BAND
@@ -11,7 +11,7 @@ def model_card(
     state: RunState,
     manifest: Manifest,
     parity: Parity,
-    front: list[TauPoint],
+    trade_off: list[TauPoint],
     measured: Rows,
     about: str = "",
 ) -> str:
@@ -21,8 +21,8 @@ def model_card(
         state: What the run says.
         manifest: What the bundle says.
         parity: How the bundle compares with the run.
-        front: What each setting of tau costs and keeps.
-        measured: Rows on which the front was measured.
+        trade_off: What each setting of tau costs and keeps.
+        measured: Rows on which the trade-off was measured.
         about: What its maker says of it; stands before the figures.
     """
     figures = state.figures
@@ -52,7 +52,7 @@ Measured on {figures["images"]} examples that were not trained on, at tau 0.5.
 
 ## Operating points
 
-{_front_table(front, manifest.tau, len(measured.rows), measured.source)}
+{_trade_off_table(trade_off, manifest.tau, len(measured.rows), measured.source)}
 
 ## Parity with the trained model
 
@@ -80,15 +80,15 @@ def _precision_note(manifest: Manifest) -> str:
     return "" if manifest.precision == "float32" else "; the spike head is float32"
 
 
-def _front_table(front: list[TauPoint], own_tau: float, count: int, source: str) -> str:
+def _trade_off_table(trade_off: list[TauPoint], own_tau: float, count: int, source: str) -> str:
     """Return the table of tau with the bundle's own in bold, and what its columns are."""
-    has_labels = front[0].knn is not None
+    has_labels = trade_off[0].knn is not None
     lines = [
         "| tau | active | search cost | neighbour recall@10 | squared error |"
         + (" kNN |" if has_labels else ""),
         "|---|---|---|---|---|" + ("---|" if has_labels else ""),
     ]
-    for point in front:
+    for point in trade_off:
         tau = f"**{point.tau:g}**" if point.tau == own_tau else f"{point.tau:g}"
         knn = f" {point.knn:.3f} |" if point.knn is not None else ""
         lines.append(

@@ -63,7 +63,7 @@ def export(
     """Write a run as a bundle of ONNX files, after proving that they compute the same."""
     require_extra("export", "torch", "onnx", "onnxscript")
     sleep_when_idle()
-    from vsc_export.dial import parse_goal
+    from vsc_export.operating_points import parse_goal
     from vsc_export.options import ExportOptions
     from vsc_export.precision import parse_precision
     from vsc_export.triton import REPOSITORY

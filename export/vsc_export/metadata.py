@@ -46,7 +46,7 @@ def describe_model(model: VSC, name: str, tau: float, precision: Precision) -> d
     }
 
 
-def stamp(proto: onnx.ModelProto, facts: dict[str, str], kind: str) -> onnx.ModelProto:
+def add_metadata(proto: onnx.ModelProto, facts: dict[str, str], kind: str) -> onnx.ModelProto:
     """Set the metadata of a graph, in place of any it has.
 
     Args:

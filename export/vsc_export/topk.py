@@ -17,7 +17,7 @@ from onnx import TensorProto, helper, numpy_helper
 
 from vsc_export.compaction import batch_dimension, keep_only
 from vsc_export.graphs import check_file
-from vsc_export.metadata import signature, stamp
+from vsc_export.metadata import add_metadata, signature
 from vsc_serve.bundle import ENCODER, ENCODER_TOPK, GraphSignature
 from vsc_serve.errors import ExportError, UsageError
 from vsc_serve.session import Session, open_session
@@ -97,7 +97,7 @@ def add_topk(
     """
     encoder = onnx.load(folder / ENCODER, load_external_data=False)
     latent_dim = encoder.graph.output[0].type.tensor_type.shape.dim[1].dim_value
-    graph = stamp(topk_graph(encoder, latent_dim, places), facts, "encoder_topk")
+    graph = add_metadata(topk_graph(encoder, latent_dim, places), facts, "encoder_topk")
     (folder / ENCODER_TOPK).write_bytes(graph.SerializeToString(deterministic=True))
     check_file(folder / ENCODER_TOPK)
     return signature(graph), check_topk(folder, encoder.graph.input[0].name, rows, places)

@@ -13,9 +13,9 @@ from numpy.typing import NDArray
 from vsc_export.card import model_card
 from vsc_export.compaction import csr_graph
 from vsc_export.comparison import exact_codes
-from vsc_export.dial import Rows, TauPoint, calibrate_tau, measure_front
 from vsc_export.graphs import check_file, decoder_graph
-from vsc_export.metadata import describe_model, signature, stamp
+from vsc_export.metadata import add_metadata, describe_model, signature
+from vsc_export.operating_points import Rows, TauPoint, calibrate_tau, measure_trade_off
 from vsc_export.options import DEFAULT, ExportOptions
 from vsc_export.parity import Parity, measure_parity, require_parity
 from vsc_export.parity_inputs import parity_inputs
@@ -58,7 +58,7 @@ class Exported:
     path: Path
     manifest: Manifest
     parity: Parity
-    front: list[TauPoint]
+    trade_off: list[TauPoint]
     """What each setting of tau costs and keeps."""
     overflow: Overflow | None = None
     """What the graph with fixed places could not hold, where one was asked for."""
@@ -100,23 +100,23 @@ def export_bundle(run: Path, out: Path, options: ExportOptions = DEFAULT) -> Exp
             rows = np.concatenate(list(inputs.values()))
             graphs[ENCODER_TOPK], overflow = add_topk(folder, options.top_k, rows, facts)
         (folder / PARITY).write_text(parity.to_json(), encoding="utf-8")
-        front = _measure_front(model, folder, measured, tau)
+        trade_off = _measure_trade_off(model, folder, measured, tau)
         manifest = _manifest(
             checkpoint,
             folder,
             name=name,
             tau=tau,
-            active=_own_active(checkpoint, front, tau),
+            active=_own_active(checkpoint, trade_off, tau),
             opset=options.opset,
             precision=precision,
             graphs=graphs,
             probes=write_probes(model, model.data, folder, tau, precision),
         )
-        card = model_card(checkpoint.state, manifest, parity, front, measured, options.about)
+        card = model_card(checkpoint.state, manifest, parity, trade_off, measured, options.about)
         (folder / CARD).write_text(card, encoding="utf-8")
         manifest.files[CARD] = sha256(folder / CARD)
         (folder / MANIFEST).write_text(manifest.to_json(), encoding="utf-8")
-    return Exported(out, manifest, parity, front, overflow)
+    return Exported(out, manifest, parity, trade_off, overflow)
 
 
 def _refuse_collapsed(checkpoint: Checkpoint, run: Path, options: ExportOptions) -> None:
@@ -126,7 +126,7 @@ def _refuse_collapsed(checkpoint: Checkpoint, run: Path, options: ExportOptions)
 
 
 def _measured_rows(model: VSC, samples: NDArray[Any], calibration: Path | None) -> Rows:
-    """Return the rows for tau, int8 and the front."""
+    """Return the rows for tau, int8 and the trade-off curve."""
     if calibration is None:
         return Rows(samples, None, "examples of the training data").thinned()
     found = load_labelled(calibration, model.data)
@@ -149,7 +149,7 @@ def save_graphs(
         Inputs and outputs of each graph, by its file.
     """
     onnx.save_model(
-        stamp(encoder, facts, "encoder"),
+        add_metadata(encoder, facts, "encoder"),
         folder / ENCODER,
         save_as_external_data=True,
         all_tensors_to_one_file=True,
@@ -160,26 +160,26 @@ def save_graphs(
         # onnx makes external data readable by its owner alone; a container runs as somebody else.
         (folder / WEIGHTS).chmod((folder / ENCODER).stat().st_mode)
     stored = onnx.load(folder / ENCODER, load_external_data=False)
-    compacting = stamp(csr_graph(stored), facts, "encoder_csr")
+    compacting = add_metadata(csr_graph(stored), facts, "encoder_csr")
     (folder / ENCODER_CSR).write_bytes(compacting.SerializeToString(deterministic=True))
-    onnx.save_model(stamp(decoder, facts, "decoder"), folder / DECODER)
+    onnx.save_model(add_metadata(decoder, facts, "decoder"), folder / DECODER)
     for name in (ENCODER, ENCODER_CSR, DECODER):
         check_file(folder / name)
     graphs = {ENCODER: stored, ENCODER_CSR: compacting, DECODER: decoder}
     return {name: signature(proto) for name, proto in graphs.items()}
 
 
-def _measure_front(model: VSC, folder: Path, measured: Rows, tau: float) -> list[TauPoint]:
+def _measure_trade_off(model: VSC, folder: Path, measured: Rows, tau: float) -> list[TauPoint]:
     encoder = open_session(folder / ENCODER, device="cpu")
     decoder = open_session(folder / DECODER, device="cpu")
-    return measure_front(model, encoder, decoder, measured, tau)
+    return measure_trade_off(model, encoder, decoder, measured, tau)
 
 
-def _own_active(checkpoint: Checkpoint, front: list[TauPoint], tau: float) -> float:
+def _own_active(checkpoint: Checkpoint, trade_off: list[TauPoint], tau: float) -> float:
     """Return the active count at the bundle's tau; at 0.5 that of rows that were not trained on."""
     if tau == _TAU_OF_HEALTH:
         return float(checkpoint.state.figures["active"])
-    return next(point.active for point in front if point.tau == tau)
+    return next(point.active for point in trade_off if point.tau == tau)
 
 
 def _manifest(checkpoint: Checkpoint, folder: Path, **fields: Any) -> Manifest:

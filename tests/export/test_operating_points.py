@@ -7,7 +7,7 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from vsc_export.dial import Rows, calibrate_tau, measure_front, parse_goal
+from vsc_export.operating_points import Rows, calibrate_tau, measure_trade_off, parse_goal
 from vsc_export.options import ExportOptions
 from vsc_export.write import export_bundle
 from vsc_serve.codes import threshold_logit
@@ -51,10 +51,10 @@ def test_the_front_is_measured_on_the_exported_graphs(tiny_run: Path, tiny_bundl
     encoder, decoder = (
         open_session(tiny_bundle / name, device="cpu") for name in ("encoder.onnx", "decoder.onnx")
     )
-    front = measure_front(model, encoder, decoder, Rows(rows, labels, "tests"), 0.4)
-    assert [point.tau for point in front] == [0.05, 0.1, 0.2, 0.3, 0.4, 0.5, 0.7, 0.9]
-    assert all(one.active > other.active for one, other in pairwise(front))
-    point = front[4]
+    trade_off = measure_trade_off(model, encoder, decoder, Rows(rows, labels, "tests"), 0.4)
+    assert [point.tau for point in trade_off] == [0.05, 0.1, 0.2, 0.3, 0.4, 0.5, 0.7, 0.9]
+    assert all(one.active > other.active for one, other in pairwise(trade_off))
+    point = trade_off[4]
     codes = Encoder.open(tiny_bundle, device="cpu").encode(rows, tau=0.4).toarray()
     assert point.active == pytest.approx((codes != 0).sum(1).mean())
     assert point.search_cost == pytest.approx(np.square((codes != 0).mean(0)).sum())
@@ -64,7 +64,7 @@ def test_the_front_is_measured_on_the_exported_graphs(tiny_run: Path, tiny_bundl
     )
     assert point.knn is not None
     assert 0 <= point.knn <= 1
-    bare = measure_front(model, encoder, decoder, Rows(rows, None, "tests"), 0.5)
+    bare = measure_trade_off(model, encoder, decoder, Rows(rows, None, "tests"), 0.5)
     assert bare[0].knn is None
 
 

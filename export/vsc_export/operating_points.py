@@ -1,7 +1,8 @@
 """Operating points: choose tau for an active count, and measure what each setting costs and keeps.
 
-A model is trained once; the threshold then moves along a front between size and quality. Compare
-points at equal search cost, not at equal active count: a query meets the rows that share a latent.
+A model is trained once; the threshold then moves along the trade-off curve between size and
+quality. Compare points at equal search cost, not at equal active count: a query meets the rows that
+share a latent.
 """
 
 from dataclasses import dataclass
@@ -30,7 +31,7 @@ _MISS_AT_MOST: Final = 0.02
 
 
 class Rows(NamedTuple):
-    """Rows that a dial is measured on."""
+    """Rows that operating points are measured on."""
 
     rows: NDArray[Any]
     """As the encoder graph takes them, shape (rows, *shape)."""
@@ -102,7 +103,7 @@ def calibrate_tau(spike_logit: NDArray[Any], active: float) -> float:
     )
 
 
-def measure_front(
+def measure_trade_off(
     model: VSC, encoder: Session, decoder: Session, measured: Rows, own_tau: float
 ) -> list[TauPoint]:
     """Measure codes of the exported graphs at each of `TAUS`, and at the bundle's own tau.
