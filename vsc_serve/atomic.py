@@ -19,7 +19,7 @@ from pathlib import Path
 from typing import BinaryIO, Final
 
 from vsc_serve.errors import InputError, UsageError
-from vsc_serve.outputs import TEMPORARY, FolderKind, remove_folder
+from vsc_serve.outputs import TEMPORARY, FolderKind, may_remove, remove_folder
 
 _NAME_BYTES: Final = 200
 """Bytes of a name that are kept in a name made from it; file systems take 255 in all."""
@@ -147,13 +147,10 @@ def remove_at_once(folder: Path, kind: FolderKind) -> None:
         UsageError: It is not of this kind, or holds something that vsc did not write.
         OSError: It cannot be removed.
     """
-    if not os.path.lexists(folder):
-        return
-    if reason := kind.why_not_ours(folder):
-        raise UsageError(f"{folder}: {reason}; it was not removed.")
-    aside = _aside(folder, "tmp")
-    folder.rename(aside)
-    remove_folder(aside, TEMPORARY)
+    if may_remove(folder, kind):
+        aside = _aside(folder, "tmp")
+        folder.rename(aside)
+        remove_folder(aside, TEMPORARY)
 
 
 def left_behind(path: Path, extension: str) -> list[Path]:

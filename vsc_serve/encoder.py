@@ -48,10 +48,7 @@ class Encoder:
     """
 
     def __init__(
-        self,
-        session: Session,
-        manifest: Manifest,
-        compaction: Compaction = DENSE,
+        self, session: Session, manifest: Manifest, compaction: Compaction = DENSE
     ) -> None:
         """Wrap an open session. `Encoder.open` is what most callers want.
 

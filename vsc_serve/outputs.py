@@ -204,11 +204,17 @@ def remove_folder(folder: Path, kind: FolderKind) -> None:
         UsageError: It is not of this kind, or holds something that vsc did not write.
         OSError: It cannot be removed.
     """
+    if may_remove(folder, kind):
+        shutil.rmtree(folder)
+
+
+def may_remove(folder: Path, kind: FolderKind) -> bool:
+    """Tell whether there is a folder to remove. Raises UsageError where it is not of this kind."""
     if not os.path.lexists(folder):
-        return
+        return False
     if reason := kind.why_not_ours(folder):
         raise UsageError(f"{folder}: {reason}; it was not removed.")
-    shutil.rmtree(folder)
+    return True
 
 
 class _Temporary(FolderKind):

@@ -15,11 +15,8 @@ from vsc_export.fidelity import neighbours_kept
 from vsc_serve.codes import threshold, threshold_logit
 from vsc_serve.errors import UsageError
 from vsc_serve.session import Session
-from vsc_training.evaluation.retrieval import knn_accuracy, search_cost
+from vsc_training.evaluation.retrieval import TAUS, knn_accuracy, search_cost
 from vsc_training.model import VSC
-
-TAUS: Final = (0.05, 0.1, 0.2, 0.3, 0.5, 0.7, 0.9)
-"""Settings that a model card shows, beside the bundle's own."""
 
 _ROWS_AT_MOST: Final = 2000
 _BATCH_SIZE: Final = 256

@@ -8,11 +8,12 @@ import os
 from collections import Counter
 from collections.abc import Callable
 from pathlib import Path
-from typing import Any, Final
+from typing import Final
 
 import numpy as np
 import pytest
 import torch
+from odd_values import change_value
 
 from vsc_serve.errors import InputError, UsageError
 from vsc_serve.images import PixelSpec
@@ -28,10 +29,6 @@ from vsc_training.model import VSC, DataSpec
 
 ROUNDS: Final = int(os.environ.get("VSC_FUZZ_ROUNDS", "1"))
 CHANGES: Final = 150 * ROUNDS
-ODD: Final[list[Any]] = [
-    *(None, True, 0, -1, 1.5, 2**31, 2**63, 10**30, 1e300, "", "x", "../x", "/dev/zero", "a\0b"),
-    *("\ud800", "1" * 2000, [], {}, [[]], {"a": {"b": []}}, ["x"], [None], float("nan")),
-]
 LENGTH_BYTES: Final = 8
 """Before the header of a safetensors file: how long it is."""
 
@@ -79,24 +76,10 @@ def change_state(content: bytes, rng: np.random.Generator) -> bytes:
     end = int.from_bytes(content[:LENGTH_BYTES], "little") + LENGTH_BYTES
     header = json.loads(content[LENGTH_BYTES:end])
     stored = json.loads(header["__metadata__"]["vsc_state"])
-    text = json.dumps(change_value(stored, rng))
+    text = json.dumps(change_value(stored, rng, depth=8))
     header["__metadata__"]["vsc_state"] = text
     changed = json.dumps(header).encode()
     return len(changed).to_bytes(LENGTH_BYTES, "little") + changed + content[end:]
-
-
-def change_value(stored: Any, rng: np.random.Generator) -> Any:
-    """Put an odd value in the place of one that is there, at any depth; or drop it."""
-    if not isinstance(stored, dict | list) or not stored or rng.integers(8) == 0:
-        return ODD[rng.integers(len(ODD))]
-    keys = list(stored) if isinstance(stored, dict) else list(range(len(stored)))
-    key = keys[rng.integers(len(keys))]
-    changed = stored.copy()
-    if rng.integers(10) == 0:
-        del changed[key]
-    else:
-        changed[key] = change_value(stored[key], rng)
-    return changed
 
 
 @pytest.mark.filterwarnings("ignore:Initializing zero-element:UserWarning")  # layers of size 0

@@ -6,7 +6,10 @@ line these are --out, --force and --view gamma.
 
 import logging
 import re
+from functools import cache
 from typing import Final
+
+import typer
 
 from vsc_serve.console import LineFormatter
 
@@ -16,13 +19,24 @@ _OTHER_NAMES: Final = {"is_strict": "strict", "is_update": "update", "share": "s
 
 
 def as_options(text: str) -> str:
-    """Return a message with its parameters as options; commands in backquotes stay."""
+    """Return a message with its parameters as options; whatever else is in backquotes stays."""
     return _PARAMETER.sub(_option, text)
+
+
+@cache
+def _options() -> frozenset[str]:
+    """Return the options of all commands."""
+    from vsc_serve.cli import app  # which imports this module
+
+    commands = typer.main.get_group(app).commands.values()
+    return frozenset(name for one in commands for option in one.params for name in option.opts)
 
 
 def _option(found: re.Match[str]) -> str:
     name, value = found[1], found[2]
     option = f"--{_OTHER_NAMES.get(name, name).replace('_', '-')}"
+    if option not in _options():
+        return found[0]
     is_flag = value is None or value == "True"
     return option if is_flag else f"{option} {value.strip(chr(34) + chr(39))}"
 

@@ -50,7 +50,7 @@ class GpuExecutor:
     ) -> None:
         self.workers = readers.workers
         self.kind = f"processes and {len(encoders)} x cuda"
-        self.largest_chunk = BATCH_SIZE  # a thousand at a time: half as fast (docs/gpu.md)
+        self.largest_chunk = BATCH_SIZE  # 1,024: half as fast (training/LOG.md)
         self._readers = readers
         self._no_pixels = np.empty((0, *spec.spec.shape), np.uint8)
         self._clocks = [_BusyClock() for _ in encoders]

@@ -5,7 +5,7 @@ import time
 from collections import deque
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
-from itertools import count, islice
+from itertools import chain, count, islice
 from pathlib import Path
 from typing import Any, Final, NamedTuple, TypeAlias
 
@@ -298,9 +298,10 @@ class _Run:
     def _find_example(self) -> str:
         first = next(number for number, record in enumerate(self._records) if record.rows)
         stored = read_codes(self._store.path(first))
-        entries = np.diff(stored.codes.indptr)
-        shown = [row for row, name in enumerate(stored.ids) if name.isprintable()]
-        return stored.ids[max(shown, key=lambda row: entries[row] > 0, default=0)]
+        entries = zip(stored.ids, np.diff(stored.codes.indptr), strict=True)
+        active = (name for name, count in entries if count and name.isprintable())
+        printable = (name for name in stored.ids if name.isprintable())
+        return next(chain(active, printable), stored.ids[0])
 
     def _refuse_too_few(self) -> None:
         """Raise InputError without a row, or with a rejected source where the run is strict."""

@@ -44,6 +44,7 @@ from vsc_training.evaluation.figures import (
 )
 from vsc_training.evaluation.probe import linear_probe_accuracy
 from vsc_training.evaluation.retrieval import (
+    TAUS,
     Array,
     bytes_per_row,
     firing_rates,
@@ -66,8 +67,6 @@ from vsc_training.spike import hard_spike
 
 logger = logging.getLogger(__name__)
 
-TAUS: Final = (0.05, 0.1, 0.2, 0.3, 0.5, 0.7, 0.9)
-"""Thresholds of the curve."""
 NEIGHBOURS: Final = 10
 BOUND_COUNT: Final = 1_000
 """Most rows of the importance-weighted bound."""

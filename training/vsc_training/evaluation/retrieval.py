@@ -20,6 +20,8 @@ Labels: TypeAlias = "NDArray[Any] | Sequence[Any]"
 """One class per row: numbers or texts."""
 Metric = Literal["cosine", "dot", "euclidean"]
 
+TAUS: Final = (0.05, 0.1, 0.2, 0.3, 0.5, 0.7, 0.9)
+"""Spike thresholds of a trade-off curve."""
 BYTES_PER_VALUE: Final = 4
 """A stored value is float32."""
 _BLOCK_ENTRIES: Final = 4_000_000
