@@ -91,6 +91,29 @@ def ending_cleanly() -> Iterator[None]:
         signal.signal(signal.SIGTERM, earlier)
 
 
+@contextmanager
+def holding_signals() -> Iterator[None]:
+    """Let SIGINT and SIGTERM that arrive in the block take effect at its end.
+
+    For what is short and must not be left between two states.
+    """
+    if threading.current_thread() is not threading.main_thread():
+        yield  # only the main thread takes signals
+        return
+    arrived: list[int] = []
+    earlier = {
+        number: signal.signal(number, lambda number, frame: arrived.append(number))
+        for number in (signal.SIGINT, signal.SIGTERM)
+    }
+    try:
+        yield
+    finally:
+        for number, handler in earlier.items():
+            signal.signal(number, signal.SIG_DFL if handler is None else handler)
+        if arrived:
+            signal.raise_signal(arrived[0])
+
+
 class Progress(Protocol):
     """Takes note of work that is done."""
 

@@ -23,6 +23,7 @@ from vsc_serve.codes import (
     CodeFile,
     write_codes,
 )
+from vsc_serve.console import holding_signals
 from vsc_serve.errors import InputError, Kind, UsageError
 from vsc_serve.locks import exclusive
 from vsc_serve.outputs import TEMPORARY, FolderKind, remove_folder
@@ -225,8 +226,9 @@ class ShardStore:
             for path in self.folder.glob("part-*.npz"):
                 if path.name not in wanted:
                     path.unlink()
-            replace_folder(self.folder, self._target, CODES_FOLDER)
-        self.is_published = True
+            with holding_signals():  # or nobody could say whether the output is the new one
+                replace_folder(self.folder, self._target, CODES_FOLDER)
+                self.is_published = True
         with suppress(OSError):
             for path in self._target.iterdir():
                 if path.name not in wanted:
@@ -234,9 +236,9 @@ class ShardStore:
 
     def publish(self) -> None:
         """Make the file `joined` the output. Raises InputError."""
-        with self._writing():
+        with self._writing(), holding_signals():
             self.joined.replace(self._target)
-        self.is_published = True
+            self.is_published = True
 
     def remove(self) -> None:
         """Remove the folder with all in it, unless somebody has put something of theirs there."""
