@@ -1,6 +1,6 @@
 # Two commands need nothing but Python 3.11 to 3.13, pip and make:
 #
-#   make demo     install into .venv, then train, export, encode and search on made-up pictures
+#   make demo     install into .venv, then train, export, encode and search on made-up images
 #   make test     the same with what the tests need, then run them
 #
 #   make demo PYTHON=python3.12                      another Python

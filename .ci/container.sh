@@ -22,7 +22,7 @@ if [ "$(id -u)" -ne 0 ]; then
 fi
 
 repo=$(cd "$(dirname "$0")/.." && pwd)
-bundle=$1 picture=$2 vsc=$3
+bundle=$1 image=$2 vsc=$3
 host_python=$(dirname "$vsc")/python
 work=$(mktemp -d)
 server_pid=
@@ -150,7 +150,7 @@ check_configuration() {
     mapfile -t health < <(config Healthcheck.Test | tail -n +2)
 }
 
-# Run a command in a container with the model, the pictures and a folder for results.
+# Run a command in a container with the model, the images and a folder for results.
 in_container() {
     buildah_ run --volume "$work/model:/model:ro" --volume "$work/data:/data:ro" \
         --volume "$work/out:/out" "$container" -- "$@"
@@ -195,19 +195,19 @@ check_health() {
     in_container "${health[@]/127.0.0.1:8000/${url#http://}}" || fail "the health check fails"
 }
 
-post_picture() {
-    "$host_python" - "$url/v1/encode" "$work/data/$(basename "$picture")" "$work/served.npz" <<'PYTHON'
+post_image() {
+    "$host_python" - "$url/v1/encode" "$work/data/$(basename "$image")" "$work/served.npz" <<'PYTHON'
 import sys
 from pathlib import Path
 from urllib.request import ProxyHandler, Request, build_opener
 
-url, picture, out = sys.argv[1:]
+url, image, out = sys.argv[1:]
 headers = {
     "Content-Type": "application/octet-stream",
     "Accept": "application/x-npz",
-    "X-Image-Id": Path(picture).name,
+    "X-Image-Id": Path(image).name,
 }
-request = Request(url, Path(picture).read_bytes(), headers)
+request = Request(url, Path(image).read_bytes(), headers)
 Path(out).write_bytes(build_opener(ProxyHandler({})).open(request, timeout=30).read())
 PYTHON
 }
@@ -224,7 +224,7 @@ check_serve() {
     say "serve"
     start_server
     check_health
-    post_picture
+    post_image
     stop_server
 }
 
@@ -257,7 +257,7 @@ install_tools
 lint
 mkdir "$work/data" "$work/out"
 cp -R "$bundle" "$work/model"
-cp "$picture" "$work/data/"
+cp "$image" "$work/data/"
 chmod -R a+rX "$work/model" "$work/data"
 chmod a+rwx "$work/out"
 make_base_image

@@ -12,7 +12,7 @@ if [ "$#" -ne 2 ]; then
     exit 2
 fi
 bundle=$(cd "$1" && pwd)
-picture=$(cd "$(dirname "$2")" && pwd)/$(basename "$2")
+image=$(cd "$(dirname "$2")" && pwd)/$(basename "$2")
 root=$(cd "$(dirname "$0")/.." && pwd)
 python=$root/.venv/bin/python
 work=$(mktemp -d)
@@ -98,13 +98,13 @@ check_runtime() {
     for command in train export encode search serve; do
         grep -qw -- "$command" "$work/help" || fail "vsc --help does not name $command"
     done
-    expect_one_line 2 "pip install 'vsc-serve[train]'" "$vsc" train pictures --out run
+    expect_one_line 2 "pip install 'vsc-serve[train]'" "$vsc" train images --out run
     expect_one_line 2 "pip install 'vsc-serve[export]'" "$vsc" export run --out model
     expect_one_line 2 "pip install 'vsc-serve[serve]'" "$vsc" serve --model "$bundle"
-    expect_one_line 4 "no model bundle there" "$vsc" encode "$picture" --model none --out none.npz
+    expect_one_line 4 "no model bundle there" "$vsc" encode "$image" --model none --out none.npz
     say "encode"
-    "$vsc" encode "$picture" --model "$bundle" --out codes.npz
-    "$vsc" encode "$picture" --out builtin.npz 2> builtin.log || { cat builtin.log; fail "without a model"; }
+    "$vsc" encode "$image" --model "$bundle" --out codes.npz
+    "$vsc" encode "$image" --out builtin.npz 2> builtin.log || { cat builtin.log; fail "without a model"; }
     grep -q photos32 builtin.log || fail "it does not say that it took the built-in model"
     [ ! -e run ] && [ ! -e model ] && [ ! -e none.npz ] || fail "a refused command wrote something"
 }
@@ -113,7 +113,7 @@ check_plain_scipy() {
     say "the codes where only scipy is"
     "$python" -m venv "$work/plain"
     "$work/plain/bin/pip" install --quiet --disable-pip-version-check scipy
-    "$work/plain/bin/python" - "$work/codes.npz" "$picture" <<'PYTHON'
+    "$work/plain/bin/python" - "$work/codes.npz" "$image" <<'PYTHON'
 import importlib.util
 import sys
 
@@ -121,12 +121,12 @@ import numpy
 import scipy.sparse
 
 assert importlib.util.find_spec("vsc_serve") is None
-path, picture = sys.argv[1:]
+path, image = sys.argv[1:]
 codes = scipy.sparse.load_npz(path)
 ids = numpy.load(path, allow_pickle=False)["ids"].tolist()
 assert codes.shape[0] == 1 and codes.nnz > 0, codes
 assert codes.dtype == numpy.float32 and codes.has_sorted_indices
-assert ids == [picture], ids
+assert ids == [image], ids
 print(f"{codes.shape[0]} row, {codes.shape[1]} latents, {codes.nnz} active")
 PYTHON
 }

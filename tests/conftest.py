@@ -1,4 +1,4 @@
-"""Fixtures shared by all tests: small pictures, and a model that needs no training."""
+"""Fixtures shared by all tests: small images, and a model that needs no training."""
 
 import json
 import os
@@ -70,8 +70,8 @@ def fake_encoder(fake_session: FakeSession, pixel_spec: PixelSpec) -> Encoder:
     return Encoder(fake_session, manifest)
 
 
-def draw_pictures(folder: Path, names: Sequence[str], size: int) -> Path:
-    """Write grey pictures of noise, always the same ones, and return the folder."""
+def draw_images(folder: Path, names: Sequence[str], size: int) -> Path:
+    """Write grey images of noise, always the same ones, and return the folder."""
     rng = np.random.default_rng(1)
     for name in names:
         (folder / name).parent.mkdir(parents=True, exist_ok=True)
@@ -98,16 +98,16 @@ def vector_encoder() -> Encoder:
 
 
 @pytest.fixture
-def picture_folder(tmp_path: Path) -> Path:
-    """Twelve grey 8x8 pictures: ten at the top, two in a folder with a non-ASCII name."""
+def image_folder(tmp_path: Path) -> Path:
+    """Twelve grey 8x8 images: ten at the top, two in a folder with a non-ASCII name."""
     names = [f"{number:02}.png" if number < 10 else f"größer/{number}.png" for number in range(12)]
-    return draw_pictures(tmp_path / "pictures", names, 8)
+    return draw_images(tmp_path / "images", names, 8)
 
 
 @pytest.fixture
-def pictures(tmp_path: Path) -> Path:
-    """Forty grey 4x4 pictures, `00.png` to `39.png`."""
-    return draw_pictures(tmp_path / "pictures", [f"{number:02}.png" for number in range(40)], 4)
+def images(tmp_path: Path) -> Path:
+    """Forty grey 4x4 images, `00.png` to `39.png`."""
+    return draw_images(tmp_path / "images", [f"{number:02}.png" for number in range(40)], 4)
 
 
 @pytest.fixture(scope="session")
@@ -121,7 +121,7 @@ def data_folder() -> Path:
 
 @pytest.fixture(scope="session")
 def grey_folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """Two hundred grey 8x8 pictures of bars, in two class folders."""
+    """Two hundred grey 8x8 images of bars, in two class folders."""
     folder = tmp_path_factory.mktemp("grey")
     rng = np.random.default_rng(2)
     for number in range(200):
@@ -153,7 +153,7 @@ def _conv_backbone(
     batch: str | int = "n",
     pooled: bool = True,
     opset: int = 17,
-    half: bool = False,
+    fp16: bool = False,
     seed: int = 0,
 ) -> Path:
     import onnx
@@ -165,7 +165,7 @@ def _conv_backbone(
         "head": rng.normal(size=(8 * 4, 24)),
         "bias": rng.normal(size=(24,)),
     }
-    inner, dtype = (TensorProto.FLOAT16, np.float16) if half else (TensorProto.FLOAT, np.float32)
+    inner, dtype = (TensorProto.FLOAT16, np.float16) if fp16 else (TensorProto.FLOAT, np.float32)
     nodes = [
         helper.make_node("Cast", ["pixel_values"], ["real"], to=inner),
         helper.make_node("Transpose", ["real"], ["nchw"], perm=[0, 3, 1, 2])

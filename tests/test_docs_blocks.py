@@ -66,7 +66,7 @@ def prepared(
     rng = np.random.default_rng(0)
     for name in ("cat.jpg", "dog.jpg", "smile.png", "frown.png", "images/cat.jpg"):
         Image.fromarray(rng.integers(0, 256, (8, 8), np.uint8)).save(folder / name)
-    (folder / "broken.jpg").write_bytes(b"not a picture")
+    (folder / "broken.jpg").write_bytes(b"not an image")
     paths = sorted(grey_folder.rglob("*.png"))
     bars = [np.asarray(Image.open(path)) for path in paths]
     classes = [path.parent.name == "upright" for path in paths]

@@ -78,7 +78,7 @@ def test_the_comparison_of_signatures_sees_fields_methods_aliases_and_quoted_typ
     found = {name for _, name in needed("vsc_serve", {Name("vsc_serve.encoder", "Encoder")})}
     assert "Session" in found  # of __init__
     assert "Manifest" in found  # of __init__ too
-    assert "Picture" in found  # an alias, in `encode`
+    assert "ImageLike" in found  # an alias, in `encode`
     assert "Device" in found  # behind a default
     assert "CodeRows" in found  # returned
     assert "Codes" in found  # a field of CodeRows

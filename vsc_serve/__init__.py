@@ -10,6 +10,7 @@ Names are imported when they are first used, so that `vsc --help` does not load 
 
 from importlib import import_module
 from typing import TYPE_CHECKING, Any
+from warnings import warn
 
 __version__ = "0.1.0"
 
@@ -24,7 +25,7 @@ if TYPE_CHECKING:
     )
     from vsc_serve.compaction import BatchFacts, Compaction, EncodedBatch, GraphOutputs
     from vsc_serve.decoder import Decoder
-    from vsc_serve.encoder import Encoder, Picture
+    from vsc_serve.encoder import Encoder, ImageLike
     from vsc_serve.errors import (
         BundleError,
         CheckFailed,
@@ -70,7 +71,7 @@ _HOMES = {
     "Kind": "errors",
     "Manifest": "manifest",
     "Modality": "manifest",
-    "Picture": "encoder",
+    "ImageLike": "encoder",
     "PixelSpec": "images",
     "Precision": "manifest",
     "Probe": "manifest",
@@ -105,12 +106,12 @@ __all__ = [
     "GraphOutputs",
     "GraphSignature",
     "Ids",
+    "ImageLike",
     "InputError",
     "Interrupted",
     "Kind",
     "Manifest",
     "Modality",
-    "Picture",
     "PixelSpec",
     "Precision",
     "Probe",
@@ -126,7 +127,14 @@ __all__ = [
 ]
 
 
+_OLD_NAMES = {"Picture": "ImageLike"}
+"""Names that work for one more release, and what they are called now."""
+
+
 def __getattr__(name: str) -> Any:
+    if name in _OLD_NAMES:
+        warn(f"vsc_serve.{name} is now {_OLD_NAMES[name]}", DeprecationWarning, stacklevel=2)
+        name = _OLD_NAMES[name]
     if name not in _HOMES:
         raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
     return getattr(import_module(f"{__name__}.{_HOMES[name]}"), name)

@@ -34,7 +34,7 @@ _GPU_BATCH_SIZES: Final = (1, 16, BATCH_SIZE)
 """Batches that a GPU is given are filled up to one of these: for each new shape it would choose
 kernels once more."""
 
-Picture = Path | str | bytes | Image.Image
+ImageLike = Path | str | bytes | Image.Image
 
 
 class Encoder:
@@ -100,13 +100,13 @@ class Encoder:
         return self._session.engine
 
     def encode(
-        self, images: NDArray[Any] | Sequence[Picture], *, tau: float | None = None
+        self, images: NDArray[Any] | Sequence[ImageLike], *, tau: float | None = None
     ) -> Codes:
         """Encode images or vectors into sparse codes.
 
         Args:
             images: Pixels, uint8, shape (images, height, width, channels) as `PixelSpec` says; or
-                vectors, float32, shape (vectors, dimensions); or paths, encoded pictures or
+                vectors, float32, shape (vectors, dimensions); or paths, encoded images or
                 PIL images.
             tau: Spike threshold in (0, 1) in place of the model's own.
 
@@ -114,7 +114,7 @@ class Encoder:
             Codes, shape (images, latents).
 
         Raises:
-            InputError: Wrong shape or type, or a picture that cannot be read.
+            InputError: Wrong shape or type, or an image that cannot be read.
             UsageError: `tau` is out of range.
         """
         rows = images if isinstance(images, np.ndarray) else self.read(images)
@@ -189,33 +189,33 @@ class Encoder:
                 row=row,
             ) from None
 
-    def read(self, pictures: Sequence[Picture]) -> NDArray[np.uint8]:
-        """Return the pixels of pictures, as `encode_rows` takes them.
+    def read(self, images: Sequence[ImageLike]) -> NDArray[np.uint8]:
+        """Return the pixels of images, as `encode_rows` takes them.
 
         Args:
-            pictures: Paths, encoded pictures (bytes) or PIL images.
+            images: Paths, encoded images (bytes) or PIL images.
 
         Raises:
-            InputError: One cannot be read, or the model does not take pictures.
+            InputError: One cannot be read, or the model does not take images.
         """
         spec = image_spec(self.manifest)
-        if isinstance(pictures, str | bytes | Path | Image.Image):
-            raise InputError("encode takes a list of pictures, not a single one: pass [picture]")
-        pixels = [_picture_pixels(picture, row, spec) for row, picture in enumerate(pictures)]
+        if isinstance(images, str | bytes | Path | Image.Image):
+            raise InputError("encode takes a list of images, not a single one: pass [image]")
+        pixels = [_image_pixels(image, row, spec) for row, image in enumerate(images)]
         return np.stack(pixels) if pixels else np.empty((0, *spec.shape), np.uint8)
 
 
-def _picture_pixels(picture: Picture, row: int, spec: PixelSpec) -> NDArray[np.uint8]:
+def _image_pixels(image: ImageLike, row: int, spec: PixelSpec) -> NDArray[np.uint8]:
     try:
-        if isinstance(picture, Image.Image):
-            return decode_pixels(picture, spec)
-        if isinstance(picture, str | Path | bytes):
-            return read_pixels(Path(picture) if isinstance(picture, str) else picture, spec)
+        if isinstance(image, Image.Image):
+            return decode_pixels(image, spec)
+        if isinstance(image, str | Path | bytes):
+            return read_pixels(Path(image) if isinstance(image, str) else image, spec)
     except InputError as error:
-        name = f"row {row}" if isinstance(picture, bytes | Image.Image) else picture
+        name = f"row {row}" if isinstance(image, bytes | Image.Image) else image
         raise InputError(f"{name}: {error}") from error
     raise InputError(
-        f"row {row}: a {type(picture).__name__} is no picture. Give paths, encoded pictures (bytes)"
+        f"row {row}: a {type(image).__name__} is no image. Give paths, encoded images (bytes)"
         " or PIL images, or all pixels as one array."
     )
 

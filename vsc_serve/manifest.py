@@ -12,6 +12,7 @@ from dataclasses import asdict, dataclass, field
 from itertools import chain, pairwise
 from pathlib import Path
 from typing import Any, Final, Literal, TypeAlias, get_args
+from warnings import warn
 
 from vsc_serve.errors import BundleError, InputError
 from vsc_serve.images import PixelSpec
@@ -54,7 +55,7 @@ _ROWS: Final = re.compile(r"\w{1,99} (float32|int32) \(\w+(, [0-9]{1,9})*\)")
 
 @dataclass(frozen=True, kw_only=True)
 class Probe:
-    """A small picture (or vector) in the bundle, and the code it must give."""
+    """A small image (or vector) in the bundle, and the code it must give."""
 
     file: str
     """Path inside the bundle."""
@@ -91,7 +92,7 @@ class Manifest:
     versions: dict[str, str] = field(default_factory=dict)
     """Versions of the packages that wrote the bundle."""
     pixel_spec: PixelSpec | None = None
-    """How a picture becomes pixels. None for vectors."""
+    """How an image becomes pixels. None for vectors."""
     input_dim: int | None = None
     """Length of a vector. None for images."""
     precision: Precision = "float32"
@@ -99,7 +100,7 @@ class Manifest:
     graphs: dict[str, GraphSignature] = field(default_factory=dict)
     """Inputs and outputs of each graph, by its file. Empty in bundles of older versions."""
     backbone: dict[str, Any] | None = None
-    """What embeds pictures inside the encoder, and the digest of its file. None without one."""
+    """What embeds images inside the encoder, and the digest of its file. None without one."""
     format: int = FORMAT
     """Version of this layout."""
 
@@ -123,9 +124,15 @@ class Manifest:
         return {self.modality: entry, **latents, **drawn}
 
     @property
-    def draws_pictures(self) -> bool:
-        """Whether the decoder draws pictures; behind a backbone it draws embeddings."""
+    def draws_images(self) -> bool:
+        """Whether the decoder draws images; behind a backbone it draws embeddings."""
         return self.modality == "image" and self.backbone is None
+
+    @property
+    def draws_pictures(self) -> bool:
+        """The old name of `draws_images`, for one more release."""
+        warn("Manifest.draws_pictures is now draws_images", DeprecationWarning, stacklevel=2)
+        return self.draws_images
 
     @property
     def value_tolerance(self) -> float:

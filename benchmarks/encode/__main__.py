@@ -20,20 +20,20 @@ from statistics import median
 import onnxruntime
 
 from benchmarks.encode import contenders, memory
+from benchmarks.encode.images import SETS, ImageSet, make_folder
 from benchmarks.encode.models import make_bundle
-from benchmarks.encode.pictures import SETS, PictureSet, make_folder
 from vsc_serve.cpus import usable_cpus
 
 FLAGS = ("avx2", "avx512f", "avx512_vnni")
 
 
-def measure(pictures: PictureSet, work: Path, count: int, rounds: int, *, has_torch: bool) -> None:
+def measure(images: ImageSet, work: Path, count: int, rounds: int, *, has_torch: bool) -> None:
     """Print the table of one set."""
-    folder, model = work / "pictures" / pictures.name, work / pictures.model
-    make_folder(folder, pictures, count)
+    folder, model = work / "images" / images.name, work / images.model
+    make_folder(folder, images, count)
     bench = contenders.Bench(folder, model, work / "codes.npz", usable_cpus())
     size = sum(path.stat().st_size for path in bench.paths()[:200]) / min(count, 200) / 1024
-    print(f"\n{pictures.name}: {count:,} files of {size:.1f} KiB\n")
+    print(f"\n{images.name}: {count:,} files of {size:.1f} KiB\n")
     rates: dict[str, list[float]] = {}
     with (
         contenders.start_processes(bench.workers) as parts,
@@ -93,17 +93,17 @@ def measure_memory(work: Path, counts: Sequence[int]) -> None:
 
 
 def measure_start(work: Path, rounds: int) -> None:
-    """Print the seconds from nothing to the codes of one picture."""
+    """Print the seconds from nothing to the codes of one image."""
     print("\n| first code from a cold start | seconds |")
     print("|---|---|")
-    for pictures in (SETS[0], SETS[3]):
-        folder = work / "one" / pictures.name
-        make_folder(folder, pictures, 1)
-        bench = contenders.Bench(folder, work / pictures.model, work / "codes.npz", 1)
+    for images in (SETS[0], SETS[3]):
+        folder = work / "one" / images.name
+        make_folder(folder, images, 1)
+        bench = contenders.Bench(folder, work / images.model, work / "codes.npz", 1)
         for name, arguments in (("processes", ()), ("threads", ("--workers", "0"))):
             encode = contenders.command(bench, *arguments)
             seconds = [1 / _rate(encode) for _ in range(rounds)]
-            print(f"| {pictures.name}, {name} | {median(seconds):.2f} |")
+            print(f"| {images.name}, {name} | {median(seconds):.2f} |")
 
 
 def machine() -> str:

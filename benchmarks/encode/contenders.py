@@ -49,7 +49,7 @@ class Bench(NamedTuple):
 
     @property
     def spec(self) -> PixelSpec:
-        """What pictures become."""
+        """What images become."""
         spec = open_bundle(self.model).manifest.pixel_spec
         assert spec is not None
         return spec

@@ -5,8 +5,8 @@ from pathlib import Path
 from statistics import median
 from typing import Any
 
+from benchmarks.encode.images import SETS, make_folder
 from benchmarks.encode.models import make_bundle
-from benchmarks.encode.pictures import SETS, make_folder
 from benchmarks.gpu.sizes import Sizes
 from vsc_serve.bundle import open_bundle
 from vsc_serve.executors import ExecutorOptions, open_executor

@@ -17,7 +17,7 @@ from concurrent.futures import ProcessPoolExecutor, as_completed
 from pathlib import Path
 
 from benchmarks.quality.data import read_sources
-from benchmarks.quality.figures import Result, fit_and_measure
+from benchmarks.quality.metrics import Result, fit_and_measure
 from benchmarks.quality.runs import BUILTIN, MODELS, Run, claim_runs, comparison_runs, recipe_digest
 from benchmarks.quality.tables import claim_table, comparison_table, front_table
 from vsc_serve.errors import UsageError, VscError

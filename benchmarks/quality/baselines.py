@@ -19,11 +19,11 @@ from vsc_serve.decoder import Decoder
 from vsc_serve.encoder import Encoder
 from vsc_training.config import Recipe
 from vsc_training.data import Examples
+from vsc_training.dataset import DeviceDataset
 from vsc_training.device import uses_bfloat16
-from vsc_training.feed import Feed
 from vsc_training.metrics import deterministic_code
 from vsc_training.model import VSC
-from vsc_training.step import draw_shown
+from vsc_training.step import draw_input_mask
 from vsc_training.trainer import parameter_groups
 
 AUXILIARY_WEIGHT: Final = 1.0
@@ -76,7 +76,7 @@ class BundleCoder:
         self._decoder = Decoder.open(path, device="cpu", threads=1)
 
     def encode(self, rows: Tensor) -> Tensor:
-        """Return the codes of pictures in [0, 1]."""
+        """Return the codes of images in [0, 1]."""
         pixels = (rows * 255.0).round().to(torch.uint8).numpy()
         return torch.from_numpy(self._encoder.encode(pixels).toarray())
 
@@ -119,12 +119,12 @@ class Baseline(nn.Module):
         """Return the means of the likelihood."""
         return self.layers.decode(codes)
 
-    def loss(self, rows: Tensor, shown: Tensor | None, generator: torch.Generator) -> Tensor:
+    def loss(self, rows: Tensor, input_mask: Tensor | None, generator: torch.Generator) -> Tensor:
         """Return what is minimised, in nats a row.
 
         Args:
             rows: One batch, shape (rows, *shape).
-            shown: What the encoder sees of it, as in `VSC.encode`.
+            input_mask: What the encoder sees of it, as in `VSC.encode`.
             generator: Source of the noise, for models that draw.
         """
         raise NotImplementedError
@@ -144,9 +144,9 @@ class DenseVae(Baseline):
         """Return the posterior means: dense codes."""
         return self.layers.encode(rows).mu
 
-    def loss(self, rows: Tensor, shown: Tensor | None, generator: torch.Generator) -> Tensor:
+    def loss(self, rows: Tensor, input_mask: Tensor | None, generator: torch.Generator) -> Tensor:
         """Return the negative bound with the divergence weighed by beta."""
-        _, mu, logvar = self.layers.encode(rows, shown)
+        _, mu, logvar = self.layers.encode(rows, input_mask)
         noise = torch.randn(mu.shape, generator=generator)
         reconstruction = self.layers.nll(mu + noise * torch.exp(0.5 * logvar), rows)
         kl = 0.5 * (mu.square() + logvar.exp() - logvar - 1.0).sum(1)
@@ -193,9 +193,9 @@ class TopK(Baseline):
         """Return sparse codes, at most k entries a row, none negative."""
         return keep_largest(F.relu(self.layers.encode(rows).mu), self.k)
 
-    def loss(self, rows: Tensor, shown: Tensor | None, generator: torch.Generator) -> Tensor:
+    def loss(self, rows: Tensor, input_mask: Tensor | None, generator: torch.Generator) -> Tensor:
         """Return the reconstruction error and, while latents are dead, the auxiliary one."""
-        activations = F.relu(self.layers.encode(rows, shown).mu)
+        activations = F.relu(self.layers.encode(rows, input_mask).mu)
         codes = keep_largest(activations, self.k)
         reconstruction = self.layers.nll(codes, rows).mean()
         self.silent_steps = torch.where((codes > 0).any(0), 0.0, self.silent_steps + 1.0)
@@ -220,7 +220,7 @@ def make_layers(recipe: Recipe, examples: Examples) -> VSC:
         torch.manual_seed(recipe.seed)
         layers = VSC(recipe, examples.spec)
     head = torch.arange(min(_SCALING_ROWS, len(examples.rows)))
-    layers.set_scaling(Feed.of(examples.rows, torch.device("cpu")).take(head))
+    layers.set_scaling(DeviceDataset.of(examples.rows, torch.device("cpu")).take(head))
     return layers
 
 
@@ -234,20 +234,20 @@ def fit_baseline(model: Baseline, recipe: Recipe, examples: Examples) -> None:
         examples: The data; all rows are used.
     """
     device = torch.device("cpu")
-    feed = Feed.of(examples.rows, device)
+    dataset = DeviceDataset.of(examples.rows, device)
     generator = torch.Generator().manual_seed(recipe.seed)
     groups = parameter_groups(model, recipe.weight_decay)
     optimizer = torch.optim.AdamW(groups, lr=recipe.learning_rate, weight_decay=0.0, fused=True)
-    half = uses_bfloat16(recipe, device)
+    bf16 = uses_bfloat16(recipe, device)
     for step, numbers in enumerate(_batches(len(examples.rows), recipe, generator)):
         if step == int(recipe.learning_rate_drop_at * recipe.steps):
             for group in optimizer.param_groups:
                 group["lr"] = 0.1 * recipe.learning_rate
-        rows, shown = feed.take(numbers), None
+        rows, input_mask = dataset.take(numbers), None
         if recipe.input_dropout:
-            shown = draw_shown(rows.shape, recipe.input_dropout, generator)
-        with torch.autocast("cpu", torch.bfloat16, enabled=half):
-            loss = model.loss(rows, shown, generator)
+            input_mask = draw_input_mask(rows.shape, recipe.input_dropout, generator)
+        with torch.autocast("cpu", torch.bfloat16, enabled=bf16):
+            loss = model.loss(rows, input_mask, generator)
         optimizer.zero_grad(set_to_none=True)
         loss.backward()
         optimizer.step()

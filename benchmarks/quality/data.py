@@ -46,7 +46,7 @@ def load_dataset(source: str) -> Dataset:
     """Read a data set once per process.
 
     Args:
-        source: `smiley`; or TRAIN,TEST, each a folder of pictures or an npz or npy file; or one
+        source: `smiley`; or TRAIN,TEST, each a folder of images or an npz or npy file; or one
             path: a folder with `train` and `test` in it, or a file of which a quarter is the test.
 
     Raises:

@@ -25,7 +25,7 @@ from vsc_serve.errors import UsageError
 from vsc_serve.models import builtin_model
 from vsc_training.config import Recipe, load_recipe
 from vsc_training.data import Examples
-from vsc_training.feed import Feed
+from vsc_training.dataset import DeviceDataset
 from vsc_training.model import VSC
 from vsc_training.trainer import Trainer
 
@@ -158,7 +158,7 @@ def fit_run(run: Run, examples: Examples, weights: Path | None) -> dict[str, Cod
     if run.model == BUILTIN:
         return {"": BundleCoder(builtin_model())}
     if kind == "pca":
-        rows = Feed.of(examples.rows, torch.device("cpu"))
+        rows = DeviceDataset.of(examples.rows, torch.device("cpu"))
         return {"": Pca(rows.take(torch.arange(len(examples.rows))), int(number))}
     recipe = recipe_of(run)
     if kind == "vsc":

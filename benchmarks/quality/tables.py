@@ -5,11 +5,11 @@ from collections.abc import Callable, Iterable, Sequence
 from statistics import fmean
 from typing import Final, NamedTuple
 
-from benchmarks.quality.figures import Result
+from benchmarks.quality.metrics import Result
 
 
 class Column(NamedTuple):
-    """A figure in a table."""
+    """A metric in a table."""
 
     key: str
     """Its name in the results."""
@@ -108,7 +108,7 @@ def _grouped(results: Iterable[Result], name: Callable[[Result], str]) -> dict[s
 
 
 def _values(results: Iterable[Result], key: str) -> list[float]:
-    return [result["figures"][key] for result in results if key in result["figures"]]
+    return [result["metrics"][key] for result in results if key in result["metrics"]]
 
 
 def _cell(values: Sequence[float], digits: int) -> str:

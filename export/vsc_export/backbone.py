@@ -44,7 +44,7 @@ from vsc_serve.bundle import (
 )
 from vsc_serve.errors import ExportError, UsageError
 from vsc_training.backbone import Backbone, BackboneSpec
-from vsc_training.checkpoint import Checkpoint, load_checkpoint, load_pictures
+from vsc_training.checkpoint import Checkpoint, load_checkpoint, load_images
 from vsc_training.model import VSC, DataSpec
 from vsc_training.onnx_graph import at_opset, is_half, opset_of, read_graph
 
@@ -69,7 +69,7 @@ def export_with_backbone(
         UsageError: What `export_bundle` and `Backbone.open` raise.
     """
     if options.precision != "float32":
-        raise UsageError("--precision and --backbone: give one of them.")
+        raise UsageError("`precision` and `backbone`: give one of them.")
     graph = read_graph(file)
     backbone = Backbone.open(file)
     checkpoint = load_checkpoint(run)
@@ -85,8 +85,8 @@ def require_fit(checkpoint: Checkpoint, spec: BackboneSpec, run: Path, file: Pat
     data = checkpoint.state.data
     if data.input_dim is None:
         raise ExportError(
-            f"{run}: fitted to pictures of {data.pixel_spec}, not to embeddings."
-            f" Train with --backbone {file.name}, or export without it."
+            f"{run}: fitted to images of {data.pixel_spec}, not to embeddings."
+            f" Train with `backbone` {file.name}, or export without it."
         )
     if data.input_dim != spec.dim:
         raise ExportError(
@@ -102,7 +102,7 @@ def require_fit(checkpoint: Checkpoint, spec: BackboneSpec, run: Path, file: Pat
 
 def kept_images(checkpoint: Checkpoint, run: Path) -> NDArray[np.uint8] | None:
     """Return the images that a run has kept; None where its vectors came from a file."""
-    return load_pictures(run) if checkpoint.state.data.backbone is not None else None
+    return load_images(run) if checkpoint.state.data.backbone is not None else None
 
 
 def _join(

@@ -1,4 +1,4 @@
-"""The model card: what a bundle's README.md says, from the figures that were measured."""
+"""The model card: what a bundle's README.md says, from the metrics that were measured."""
 
 from vsc_export.operating_points import Rows, TauPoint
 from vsc_export.parity import Parity
@@ -23,9 +23,9 @@ def model_card(
         parity: How the bundle compares with the run.
         trade_off: What each setting of tau costs and keeps.
         measured: Rows on which the trade-off was measured.
-        about: What its maker says of it; stands before the figures.
+        about: What its maker says of it; stands before the metrics.
     """
-    figures = state.figures
+    metrics = state.metrics
     takes = str(manifest.pixel_spec) if manifest.pixel_spec else f"vectors of {manifest.input_dim}"
     return f"""# {manifest.name}
 
@@ -40,15 +40,15 @@ A Variational Sparse Coding model (Tonolini, Jensen, Murray-Smith, UAI 2019), ex
 | spike threshold tau | {manifest.tau:g} (callers may override it) |
 | precision | {manifest.precision}{_precision_note(manifest)} |
 | active latents asked for | {state.recipe.active:.1f} per example (alpha {manifest.alpha:g}) |
-| active latents measured | {figures["active"]:.1f} per example |
-| live latents | {figures["live"]} of {figures["latents"]} (on for at least 0.1 % of the examples) |
-| always on | {figures["always_on"]} (on for more than 99 %) |
-| empty codes | {figures["empty_share"]:.2%} |
-| squared error per example | {figures["squared_error"]:.2f}, from the deterministic code |
-| elbo | {figures["elbo"]:.1f} nats per example, hard spikes |
+| active latents measured | {metrics["active"]:.1f} per example |
+| live latents | {metrics["live"]} of {metrics["latents"]} (on for at least 0.1 % of the examples) |
+| always on | {metrics["always_on"]} (on for more than 99 %) |
+| empty codes | {metrics["empty_share"]:.2%} |
+| squared error per example | {metrics["squared_error"]:.2f}, from the deterministic code |
+| elbo | {metrics["elbo"]:.1f} nats per example, hard spikes |
 | training | {state.step} steps of {state.recipe.batch_size}, data {state.data_fingerprint} |
 
-Measured on {figures["images"]} examples that were not trained on, at tau 0.5.
+Measured on {metrics["images"]} examples that were not trained on, at tau 0.5.
 
 ## Operating points
 
@@ -60,13 +60,13 @@ Measured on {figures["images"]} examples that were not trained on, at tau 0.5.
 
 ## Meant for
 
-Sparse codes of pictures like those it was trained on: search by likeness, deduplication, analysis
+Sparse codes of images like those it was trained on: search by likeness, deduplication, analysis
 of features.
 
 ## Limits
 
 It knows what its training data looked like and no names of things: it does not match text, and
-pictures of another kind are described with features that do not fit them. Codes of two models
+images of another kind are described with features that do not fit them. Codes of two models
 cannot be compared.
 """
 
@@ -92,7 +92,7 @@ def _trade_off_table(trade_off: list[TauPoint], own_tau: float, count: int, sour
         tau = f"**{point.tau:g}**" if point.tau == own_tau else f"{point.tau:g}"
         knn = f" {point.knn:.3f} |" if point.knn is not None else ""
         lines.append(
-            f"| {tau} | {point.active:.1f} | {point.search_cost:.2f} | {point.neighbours_kept:.3f}"
+            f"| {tau} | {point.active:.1f} | {point.search_cost:.2f} | {point.neighbour_recall:.3f}"
             f" | {point.squared_error:.2f} |{knn}"
         )
     definitions = (
@@ -119,7 +119,7 @@ def _parity_text(parity: Parity) -> str:
     else:
         found = (
             f"{kept.flipped_share:.2e} of the spikes differ, the supports agree to"
-            f" {kept.support_jaccard:.4f} (Jaccard),\nand {kept.neighbours_kept:.3f} of the ten"
+            f" {kept.support_jaccard:.4f} (Jaccard),\nand {kept.neighbour_recall:.3f} of the ten"
             " nearest neighbours are kept. "
         )
     return (

@@ -44,7 +44,7 @@ def export(
     ] = None,
     opset: Annotated[int, typer.Option(help="ONNX operator set.", min=18)] = 20,
     top_k: Annotated[
-        int | None, typer.Option(help="Write an encoder with K places a row as well.", min=1)
+        int | None, typer.Option(help="Write an encoder with K slots a row as well.", min=1)
     ] = None,
     triton: Annotated[
         Path | None, typer.Option(help="Folder for a Triton model repository.")
@@ -161,7 +161,7 @@ def demo(
     out: Annotated[Path, typer.Option(help="Folder for everything it makes.")] = Path("vsc-demo"),
     force: Annotated[bool, typer.Option("--force", help="Replace the folder.")] = False,
 ) -> None:
-    """Make pictures, train, export, encode, search and draw; then print the commands."""
+    """Make images, train, export, encode, search and draw; then print the commands."""
     require_extra("export,cpu", "torch", "onnx", "onnxscript")
     from vsc_export.demo import run_demo
 
@@ -192,9 +192,9 @@ def _write_triton(model: Path, out: Path) -> None:
     say("triton", f"{out}  {', '.join(write_repository(model, out))}")
 
 
-def _overflow_line(places: int, overflow: "Overflow") -> str:
+def _overflow_line(capacity: int, overflow: "Overflow") -> str:
     return (
-        f"{places} places a row: {overflow.overflowing} of {overflow.rows} rows checked have more"
+        f"{capacity} slots a row: {overflow.overflowing} of {overflow.rows} rows checked have more"
         f" entries, {overflow.most} at most"
     )
 
@@ -217,7 +217,7 @@ def _parity_line(parity: "Parity") -> str:
         kept = parity.fidelity
         found = (
             f"supports agree to {kept.support_jaccard:.4f}, neighbour recall@10"
-            f" {kept.neighbours_kept:.3f}"
+            f" {kept.neighbour_recall:.3f}"
         )
     return (
         f"{total} inputs x {len(parity.comparisons)} settings: {found}"

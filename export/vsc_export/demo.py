@@ -1,4 +1,4 @@
-"""`vsc demo`: the whole way from pictures to search results, offline, in commands to type again.
+"""`vsc demo`: the whole way from images to search results, offline, in commands to type again.
 
 Every step is the real command in a process of its own, so what the demo shows is what a user gets.
 """
@@ -84,16 +84,16 @@ class Step(NamedTuple):
 def run_demo(
     out: Path, *, count: int = IMAGE_COUNT, steps: int = STEPS, seed: int = 0, force: bool = False
 ) -> None:
-    """Make pictures, train, export, encode, search and draw, showing each command and its output.
+    """Make images, train, export, encode, search and draw, showing each command and its output.
 
     What the commands say goes to stderr. Only when all have succeeded, the commands themselves go
     to stdout, as lines to copy.
 
     Args:
         out: Folder for everything that the demo makes.
-        count: Pictures to make.
+        count: Images to make.
         steps: Training steps.
-        seed: Seed of the pictures and of the training.
+        seed: Seed of the images and of the training.
         force: Replace what an earlier demo left in `out`.
 
     Raises:
@@ -117,9 +117,9 @@ def plan(out: Path, *, count: int, steps: int, seed: int) -> list[Step]:
 
     Args:
         out: Folder for everything that they make.
-        count: Pictures to make.
+        count: Images to make.
         steps: Training steps.
-        seed: Seed of the pictures and of the training.
+        seed: Seed of the images and of the training.
     """
     faces, run, model, codes = (str(out / name) for name in ("smiley", "run", "model", "codes.npz"))
     images = str(out / "smiley" / "images")
@@ -130,16 +130,16 @@ def plan(out: Path, *, count: int, steps: int, seed: int) -> list[Step]:
     fit = (*size, "--set", f"seed={seed}", "--threads", "1")
     sheet = ("--sheet", str(out / "sheet.png"), "--rows", "0:10")
     return [
-        Step("make pictures of faces", (*make, "--count", str(count), "--seed", str(seed))),
+        Step("make images of faces", (*make, "--count", str(count), "--seed", str(seed))),
         Step("train a model on them", ("vsc", "train", images, "--out", run, *fit)),
         Step("export it to ONNX", ("vsc", "export", run, "--out", model, "--name", "smiley")),
-        Step("encode the pictures", ("vsc", "encode", images, "--out", codes, "--model", model)),
+        Step("encode the images", ("vsc", "encode", images, "--out", codes, "--model", model)),
         Step(
-            "find the pictures most like the first, and why",
+            "find the images most like the first, and why",
             ("vsc", "search", codes, "--like", first, "--top", "3", "--explain", "--model", model),
         ),
         Step(
-            "draw what the features of ten pictures mean",
+            "draw what the features of ten images mean",
             ("vsc", "decode", codes, "--model", model, "--images", images, *sheet),
         ),
     ]
@@ -175,8 +175,8 @@ def _failure(code: int) -> type[VscError]:
 
 def _conclude(out: Path, steps: Sequence[Step], total_s: float) -> None:
     _say(
-        f"\nDone in {total_s:.0f} s. Open {out / 'sheet.png'}: each row is a picture, its"
-        f" reconstruction,\nand what each active feature draws in it. Also in {out}: the pictures"
+        f"\nDone in {total_s:.0f} s. Open {out / 'sheet.png'}: each row is an image, its"
+        f" reconstruction,\nand what each active feature draws in it. Also in {out}: the images"
         " and their true\nfactors (smiley/), the run (run/), the bundle (model/) and the codes"
         " (codes.npz).\nThe same by hand:\n\n"
     )

@@ -30,7 +30,7 @@ class Fidelity:
     """Share of all spike decisions that differ, near the threshold or not."""
     support_jaccard: float
     """Mean over the rows of |both active| / |either active|; 1 where both are empty."""
-    neighbours_kept: float
+    neighbour_recall: float
     """Share of the ten nearest rows (cosine) that are still among the ten nearest."""
     active_truth: float
     """Active latents per row in float64."""
@@ -48,7 +48,7 @@ class Gate:
 
     max_flipped_share: float
     min_support_jaccard: float
-    min_neighbours_kept: float
+    min_neighbour_recall: float
     max_squared_error_rise: float
     """Relative: 0.01 allows one per cent."""
 
@@ -58,7 +58,7 @@ class Gate:
         checks = [
             ("share of flipped spikes", found.flipped_share, "<=", self.max_flipped_share),
             ("support Jaccard", found.support_jaccard, ">=", self.min_support_jaccard),
-            ("neighbour recall@10", found.neighbours_kept, ">=", self.min_neighbours_kept),
+            ("neighbour recall@10", found.neighbour_recall, ">=", self.min_neighbour_recall),
             ("rise of the squared error", rise, "<=", self.max_squared_error_rise),
         ]
         return [
@@ -72,13 +72,13 @@ GATES: Final[dict[Precision, Gate]] = {
     "fp16": Gate(
         max_flipped_share=1e-4,
         min_support_jaccard=0.999,
-        min_neighbours_kept=0.99,
+        min_neighbour_recall=0.99,
         max_squared_error_rise=0.01,
     ),
     "int8": Gate(
         max_flipped_share=2e-3,
         min_support_jaccard=0.98,
-        min_neighbours_kept=0.95,
+        min_neighbour_recall=0.95,
         max_squared_error_rise=0.02,
     ),
 }
@@ -100,7 +100,7 @@ def measure_fidelity(
         rows=len(code),
         flipped_share=float((is_on != was_on).mean()),
         support_jaccard=_jaccard(is_on, was_on),
-        neighbours_kept=neighbours_kept(truth.code, code),
+        neighbour_recall=neighbour_recall(truth.code, code),
         active_truth=float(was_on.sum(1).mean()),
         active=float(is_on.sum(1).mean()),
         squared_error_truth=errors[0],
@@ -108,7 +108,7 @@ def measure_fidelity(
     )
 
 
-def neighbours_kept(truth: NDArray[Any], found: NDArray[Any], count: int = NEIGHBOURS) -> float:
+def neighbour_recall(truth: NDArray[Any], found: NDArray[Any], count: int = NEIGHBOURS) -> float:
     """Return the share of each row's nearest rows by `truth` that `found` keeps among its own.
 
     A neighbour by `found` is kept when by `truth` it is no farther than the last of the nearest.

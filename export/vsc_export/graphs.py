@@ -61,7 +61,7 @@ class EncoderGraph(nn.Module):
         model = self.model
         exact_type = model.spike_head.weight.dtype
         if model.data.modality == "image":
-            # Flat: onnxruntime divides pictures of one channel number by number, 40 times slower.
+            # Flat: onnxruntime divides images of one channel number by number, 40 times slower.
             scaled = (rows.flatten(1).to(exact_type) / 255.0).unflatten(1, model.data.shape)
         else:
             scaled = (rows.to(exact_type) - model.center) / model.scale

@@ -11,7 +11,7 @@ from typing import Any, Final, NamedTuple
 import numpy as np
 from numpy.typing import NDArray
 
-from vsc_export.fidelity import neighbours_kept
+from vsc_export.fidelity import neighbour_recall
 from vsc_serve.codes import threshold, threshold_logit
 from vsc_serve.errors import UsageError
 from vsc_serve.session import Session
@@ -54,7 +54,7 @@ class TauPoint:
     """Active latents per row."""
     search_cost: float
     """Postings a query is expected to touch per row of an index: sum_j f_j^2."""
-    neighbours_kept: float
+    neighbour_recall: float
     """Share of the ten nearest rows in the data itself (cosine, centred) that the codes keep."""
     knn: float | None
     """Share of rows whose class is that of most of their ten nearest; None without labels."""
@@ -70,7 +70,7 @@ def parse_goal(text: str) -> float:
     except ValueError:
         goal = float("nan")
     if name.strip() != "active" or not 0 < goal < float("inf"):
-        raise UsageError(f"--calibrate-tau {text}: give active=NUMBER, such as active=8.")
+        raise UsageError(f"`calibrate_tau` {text}: give active=NUMBER, such as active=8.")
     return goal
 
 
@@ -95,7 +95,7 @@ def calibrate_tau(spike_logit: NDArray[Any], active: float) -> float:
         if abs(found - active) <= max(_MISS_AT_MOST * active, 0.5 / rows):
             return tau
     raise UsageError(
-        f"--calibrate-tau active={active:g}: no tau gives that on {rows} rows of {latents} latents;"
+        f"`calibrate_tau` active={active:g}: no tau gives that on {rows} rows of {latents} latents;"
         f" they reach from {1 / rows:.2g} to {most:.4g} active latents. Ask for a number between."
     )
 
@@ -134,7 +134,7 @@ def _measure_point(
         tau=tau,
         active=float((code != 0).sum(1).mean()),
         search_cost=search_cost(code),
-        neighbours_kept=neighbours_kept(data - data.mean(0), code),
+        neighbour_recall=neighbour_recall(data - data.mean(0), code),
         knn=_knn(code, measured.labels),
         squared_error=_squared_error(model, decoder, measured.rows, code),
     )

@@ -1,6 +1,6 @@
 """The rows on which an export is compared: real ones, noise, constants, and rows at the threshold.
 
-Of two million spike decisions on real pictures some forty lie in the guard band. So rows are made
+Of two million spike decisions on real images some forty lie in the guard band. So rows are made
 that lie there: from a real row and the latent nearest its threshold, pixels move along the gradient
 of that latent's logit until it stands on the threshold, or two bands to either side of it. The
 latter must not flip: a threshold that is off by a thousandth fails on them.
@@ -49,8 +49,8 @@ def parity_inputs(
         noise: NDArray[Any] = _noise(NOISE_COUNT, shape, rng)
         constants: NDArray[Any] = _constants(shape, (0, 1, 127, 128, 254, 255))
     else:
-        deviation = examples.std() if len(examples) else 1.0
-        noise = rng.normal(scale=deviation, size=(NOISE_COUNT, *shape)).astype(np.float32)
+        std = examples.std() if len(examples) else 1.0
+        noise = rng.normal(scale=std, size=(NOISE_COUNT, *shape)).astype(np.float32)
         constants = np.stack([np.full(shape, level, np.float32) for level in (0.0, 1.0, -1.0)])
     pushed = push_to_threshold(model, examples[:: max(1, len(examples) // PUSHED_COUNT)], tau)
     return {"examples": examples, "noise": noise, "constants": constants, "pushed": pushed}

@@ -37,7 +37,7 @@ def parse_precision(text: str) -> Precision:
     for precision in get_args(Precision):
         if text == precision:
             return precision  # type: ignore[no-any-return]  # get_args forgets the type
-    raise UsageError(f"--precision {text}: give {', '.join(get_args(Precision))}.")
+    raise UsageError(f"`precision` {text}: give {', '.join(get_args(Precision))}.")
 
 
 def encoder_in(
@@ -72,8 +72,8 @@ def _quantised(encoder: onnx.ModelProto, model: VSC, rows: NDArray[Any]) -> onnx
             proto = onnx.load(path)
     except Exception as error:  # the tool raises whatever went wrong inside it
         raise ExportError(
-            f"--precision int8: the encoder cannot be quantised ({str(error)[:200]})."
-            " Export with --precision fp16 or float32."
+            f"`precision=int8`: the encoder cannot be quantised ({str(error)[:200]})."
+            " Export with `precision=fp16` or float32."
         ) from error
     proto.graph.input.extend(inputs)
     return check_graph(strip_provenance(proto))

@@ -1,6 +1,6 @@
 """Probes: inputs with known codes in a bundle, encoded again whenever it is opened.
 
-They are drawn, not taken from the training data: a bundle shows nobody's pictures.
+They are drawn, not taken from the training data: a bundle shows nobody's images.
 """
 
 import hashlib
@@ -26,7 +26,7 @@ _SIDE: Final = 96
 _COUNT: Final = 3
 _CANDIDATES: Final = 60
 _FILLED_SHARES: Final = (1.0, 0.5, 0.25, 0.1)
-"""Shares of a picture that blots fill, in turn: a model of strokes on black sees none when full."""
+"""Shares of an image that blots fill, in turn: a model of strokes on black sees none when full."""
 _MARGIN: Final[dict[Precision, float]] = {
     "float32": 10 * GUARD_BAND,
     "fp16": 2e-2,
@@ -110,12 +110,12 @@ def _draw_probe(
         return f"{number}.f32", vector.astype(np.float32).tobytes()
     blots = rng.integers(0, 256, (6, 6, 3), dtype=np.uint8)
     is_there = rng.random((6, 6, 1)) < _FILLED_SHARES[number // 2 % len(_FILLED_SHARES)]
-    picture = Image.fromarray(blots * is_there.astype(np.uint8)).resize(
+    image = Image.fromarray(blots * is_there.astype(np.uint8)).resize(
         (_SIDE, _SIDE * 3 // 4), Image.Resampling.BICUBIC
     )
     kind = "JPEG" if number % 2 == 0 else "PNG"
     buffer = io.BytesIO()
-    picture.save(buffer, kind)
+    image.save(buffer, kind)
     return f"{number}.{'jpg' if kind == 'JPEG' else 'png'}", buffer.getvalue()
 
 

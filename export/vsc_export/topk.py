@@ -1,6 +1,6 @@
-"""The encoder with a fixed number of places a row, for runtimes that want fixed shapes.
+"""The encoder with a fixed number of slots a row, for runtimes that want fixed shapes.
 
-A sparse code has as many entries as it has. A graph with K places a row must say what becomes of
+A sparse code has as many entries as it has. A graph with K slots a row must say what becomes of
 the others: here the K entries of largest magnitude are kept, and how many are missing is an output
 of its own, so nothing is cut off in silence. Like the compacting graph it is made by appending
 nodes to the encoder, and points into the same weights file.
@@ -30,17 +30,17 @@ _BATCHES: Final = (1, 7, 256)
 
 @dataclass(frozen=True)
 class Overflow:
-    """What a graph with K places could not hold, on the rows it was checked on."""
+    """What a graph with K slots could not hold, on the rows it was checked on."""
 
     rows: int
     """Rows checked."""
     overflowing: int
-    """Rows with more entries than places."""
+    """Rows with more entries than slots."""
     most: int
     """Entries of the row with most."""
 
 
-def topk_graph(encoder: onnx.ModelProto, latent_dim: int, places: int) -> onnx.ModelProto:
+def topk_graph(encoder: onnx.ModelProto, latent_dim: int, capacity: int) -> onnx.ModelProto:
     """Return the encoder with the outputs of `TOPK_OUTPUTS`.
 
         indices     int32 (batch, K)     latents of the kept entries, rising, then -1
@@ -53,21 +53,21 @@ def topk_graph(encoder: onnx.ModelProto, latent_dim: int, places: int) -> onnx.M
     Args:
         encoder: A graph with the output `code`; its weights may lie in a file beside it.
         latent_dim: Latents J.
-        places: Places K a row, from 1 to J.
+        capacity: Slots K a row, from 1 to J.
 
     Raises:
-        UsageError: `places` is out of range.
+        UsageError: `capacity` is out of range.
     """
-    if not 1 <= places <= latent_dim:
-        raise UsageError(f"--top-k must be from 1 to {latent_dim} (the latents), not {places}")
+    if not 1 <= capacity <= latent_dim:
+        raise UsageError(f"`top_k` must be from 1 to {latent_dim} (the latents), not {capacity}")
     proto = onnx.ModelProto()
     proto.CopyFrom(encoder)
     batch = batch_dimension(proto)
     keep_only(proto.graph, "code")
-    proto.graph.initializer.extend(_constants(latent_dim, places))
+    proto.graph.initializer.extend(_constants(latent_dim, capacity))
     proto.graph.node.extend([*_selecting_nodes(), *_counting_nodes()])
     del proto.graph.output[:]
-    widths = dict(zip(TOPK_OUTPUTS, (places, places, 1, 1), strict=True))
+    widths = dict(zip(TOPK_OUTPUTS, (capacity, capacity, 1, 1), strict=True))
     proto.graph.output.extend(
         helper.make_tensor_value_info(
             name, TensorProto.FLOAT if name == "values" else TensorProto.INT32, [batch, width]
@@ -78,42 +78,42 @@ def topk_graph(encoder: onnx.ModelProto, latent_dim: int, places: int) -> onnx.M
 
 
 def add_topk(
-    folder: Path, places: int, rows: NDArray[Any], facts: dict[str, str]
+    folder: Path, capacity: int, rows: NDArray[Any], facts: dict[str, str]
 ) -> tuple[GraphSignature, Overflow]:
     """Write `encoder_topk.onnx` beside the encoder of a folder, and compare the two.
 
     Args:
         folder: Holds `encoder.onnx`.
-        places: Places K a row.
+        capacity: Slots K a row.
         rows: Rows to compare on.
         facts: What the graph says about itself.
 
     Returns:
-        Inputs and outputs of the graph, and how often the places did not suffice on these rows.
+        Inputs and outputs of the graph, and how often the capacity did not suffice on these rows.
 
     Raises:
-        UsageError: `places` is out of range.
+        UsageError: `capacity` is out of range.
         ExportError: The graph is not valid, or differs from the dense one.
     """
     encoder = onnx.load(folder / ENCODER, load_external_data=False)
     latent_dim = encoder.graph.output[0].type.tensor_type.shape.dim[1].dim_value
-    graph = add_metadata(topk_graph(encoder, latent_dim, places), facts, "encoder_topk")
+    graph = add_metadata(topk_graph(encoder, latent_dim, capacity), facts, "encoder_topk")
     (folder / ENCODER_TOPK).write_bytes(graph.SerializeToString(deterministic=True))
     check_file(folder / ENCODER_TOPK)
-    return signature(graph), check_topk(folder, encoder.graph.input[0].name, rows, places)
+    return signature(graph), check_topk(folder, encoder.graph.input[0].name, rows, capacity)
 
 
-def check_topk(folder: Path, modality: str, rows: NDArray[Any], places: int) -> Overflow:
+def check_topk(folder: Path, modality: str, rows: NDArray[Any], capacity: int) -> Overflow:
     """Compare the graph in a folder with the dense one beside it, entry by entry.
 
     Args:
         folder: Holds `encoder.onnx` and `encoder_topk.onnx`.
         modality: Name of the input.
         rows: Rows to compare on.
-        places: Places K a row.
+        capacity: Slots K a row.
 
     Returns:
-        How often the places did not suffice on these rows.
+        How often the capacity did not suffice on these rows.
 
     Raises:
         ExportError: The two graphs differ.
@@ -121,7 +121,7 @@ def check_topk(folder: Path, modality: str, rows: NDArray[Any], places: int) -> 
     dense_session = open_session(folder / ENCODER, device="cpu")
     session = open_session(folder / ENCODER_TOPK, device="cpu")
     (dense,) = dense_session.run(["code"], {modality: rows})
-    expected = keep_largest(dense, places)
+    expected = keep_largest(dense, capacity)
     for batch_size in _BATCHES:
         found = _run(session, modality, rows, batch_size)
         for name, array in expected.items():
@@ -131,15 +131,15 @@ def check_topk(folder: Path, modality: str, rows: NDArray[Any], places: int) -> 
                     " Nothing was written."
                 )
     count = expected["count"]
-    return Overflow(len(rows), int((count > places).sum()), int(count.max(initial=0)))
+    return Overflow(len(rows), int((count > capacity).sum()), int(count.max(initial=0)))
 
 
-def keep_largest(dense: NDArray[np.float32], places: int) -> dict[str, NDArray[Any]]:
+def keep_largest(dense: NDArray[np.float32], capacity: int) -> dict[str, NDArray[Any]]:
     """Compute in numpy what the graph does: the rule it is checked against.
 
     Args:
         dense: Codes, shape (rows, latents).
-        places: Places K a row.
+        capacity: Slots K a row.
 
     Returns:
         The outputs by name.
@@ -147,7 +147,7 @@ def keep_largest(dense: NDArray[np.float32], places: int) -> dict[str, NDArray[A
     latent_dim = dense.shape[1]
     is_active = dense != 0
     magnitude = np.where(is_active, np.abs(dense), np.float32(-1.0))
-    order = np.argsort(-magnitude, axis=1, kind="stable")[:, :places]
+    order = np.argsort(-magnitude, axis=1, kind="stable")[:, :capacity]
     is_kept = np.take_along_axis(is_active, order, axis=1)
     latents = np.sort(np.where(is_kept, order, latent_dim), axis=1)
     is_entry = latents < latent_dim
@@ -157,7 +157,7 @@ def keep_largest(dense: NDArray[np.float32], places: int) -> dict[str, NDArray[A
         "indices": np.where(is_entry, latents, -1).astype(np.int32),
         "values": np.where(is_entry, values, np.float32(0.0)),
         "count": count.astype(np.int32),
-        "overflow": np.maximum(count - places, 0).astype(np.int32),
+        "overflow": np.maximum(count - capacity, 0).astype(np.int32),
     }
 
 
@@ -174,16 +174,16 @@ def _run(
     }
 
 
-def _constants(latent_dim: int, places: int) -> list[onnx.TensorProto]:
+def _constants(latent_dim: int, capacity: int) -> list[onnx.TensorProto]:
     values: dict[str, NDArray[Any]] = {
-        "places": np.array([places], np.int64),
+        "capacity": np.array([capacity], np.int64),
         "latents": np.array(latent_dim, np.int64),
         "last": np.array(latent_dim - 1, np.int64),
         "minus_one": np.array(-1, np.int64),
         "zero": np.array(0.0, np.float32),
         "below": np.array(-1.0, np.float32),
         "latent_axis": np.array([1], np.int64),
-        "places_32": np.array(places, np.int32),
+        "capacity_32": np.array(capacity, np.int32),
         "zero_32": np.array(0, np.int32),
     }
     return [numpy_helper.from_array(value, _PREFIX + name) for name, value in values.items()]
@@ -199,10 +199,10 @@ def _selecting_nodes() -> list[onnx.NodeProto]:
         _node("Cast", ["code"], ["is_active"], to=TensorProto.BOOL),
         _node("Abs", ["code"], ["magnitude"]),
         _node("Where", ["is_active", "magnitude", "below"], ["score"]),
-        _node("TopK", ["score", "places"], ["best", "chosen"], axis=1, largest=1, sorted=1),
+        _node("TopK", ["score", "capacity"], ["best", "chosen"], axis=1, largest=1, sorted=1),
         _node("GreaterOrEqual", ["best", "zero"], ["is_kept"]),
         _node("Where", ["is_kept", "chosen", "latents"], ["unordered"]),
-        _node("TopK", ["unordered", "places"], ["ordered", "_"], axis=1, largest=0, sorted=1),
+        _node("TopK", ["unordered", "capacity"], ["ordered", "_"], axis=1, largest=0, sorted=1),
         _node("Less", ["ordered", "latents"], ["is_entry"]),
         _node("Min", ["ordered", "last"], ["readable"]),
         _node("GatherElements", ["code", "readable"], ["read"], axis=1),
@@ -216,7 +216,7 @@ def _counting_nodes() -> list[onnx.NodeProto]:
     return [
         _node("Cast", ["is_active"], ["ones"], to=TensorProto.INT32),
         _node("ReduceSum", ["ones", "latent_axis"], ["count"], keepdims=1),
-        _node("Sub", ["count", "places_32"], ["surplus"]),
+        _node("Sub", ["count", "capacity_32"], ["surplus"]),
         _node("Max", ["surplus", "zero_32"], ["overflow"]),
     ]
 

@@ -2,7 +2,7 @@
 
     NAME/         the onnxruntime backend: dense codes, spike logits, means; batched by the server
     NAME_topk/    the same for `encoder_topk.onnx`, where the bundle has one
-    NAME_sparse/  the Python backend: sparse codes as padded rows; another tau; encoded pictures
+    NAME_sparse/  the Python backend: sparse codes as padded rows; another tau; encoded images
 
 Each holds `config.pbtxt` and the version folder `1`. The files are copies of the bundle's, so a
 repository gives the codes that the bundle was checked for. The same bundle gives the same bytes.

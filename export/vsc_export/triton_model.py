@@ -1,7 +1,7 @@
-"""Triton's Python backend: pictures (or vectors) to sparse codes, as padded rows.
+"""Triton's Python backend: images (or vectors) to sparse codes, as padded rows.
 
 `vsc export --triton` copies this file as `model.py`; nothing else imports it. The server's Python
-needs numpy and onnxruntime. For pictures as encoded bytes it needs vsc-serve as well, whose own
+needs numpy and onnxruntime. For images as encoded bytes it needs vsc-serve as well, whose own
 preprocessing is then called, so that they give the codes they give everywhere.
 """
 
@@ -66,7 +66,7 @@ class TritonPythonModel:
         return Rows(pixels, np.array([threshold_logit(one) for one in taus], np.float32))
 
     def _decode(self, content: NDArray[np.object_]) -> NDArray[np.uint8]:
-        """Turn encoded pictures into pixels, with the function that training used."""
+        """Turn encoded images into pixels, with the function that training used."""
         try:
             from vsc_serve.images import PixelSpec, read_pixels
         except ImportError as error:
@@ -75,7 +75,7 @@ class TritonPythonModel:
                 " vsc-serve there, or send pixels as image"
             ) from error
         spec = PixelSpec.from_json(self._pixel_spec)
-        return np.stack([read_pixels(picture, spec) for picture in content.ravel()])
+        return np.stack([read_pixels(image, spec) for image in content.ravel()])
 
     def _encode(self, asked: Sequence[Rows]) -> list[Any]:
         """Return the dense codes of each request, or its error; one run for each threshold."""

@@ -52,7 +52,7 @@ def verify_bundle(
         require_fit(checkpoint, opened.spec, run, backbone)
         return _verify_images(path, manifest, checkpoint, run, data, opened, row_count, device)
     if manifest.backbone is not None:
-        raise UsageError(f"{path}: has a backbone inside. Give its ONNX file with --backbone.")
+        raise UsageError(f"{path}: has a backbone inside. Give its ONNX file with `backbone`.")
     spec = checkpoint.state.data
     _require_alike(path, manifest, run, checkpoint, spec)
     model = checkpoint.build_model()
@@ -86,7 +86,7 @@ def _verify_images(
     """Compare a bundle that has a backbone inside, from pixels to codes."""
     if manifest.backbone != backbone.spec.to_json():
         raise UsageError(
-            f"{path}: the backbone inside is not the one of --backbone. Give the file that it was"
+            f"{path}: the backbone inside is not the one of `backbone`. Give the file that it was"
             " exported with, or none where there is none inside."
         )
     spec = backbone.spec.pixel_spec

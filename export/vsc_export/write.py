@@ -61,7 +61,7 @@ class Exported:
     trade_off: list[TauPoint]
     """What each setting of tau costs and keeps."""
     overflow: Overflow | None = None
-    """What the graph with fixed places could not hold, where one was asked for."""
+    """What the graph with fixed capacity could not hold, where one was asked for."""
     end_to_end: Parity | None = None
     """Comparison from pixels to codes, where a backbone is in front of the model."""
 
@@ -120,9 +120,11 @@ def export_bundle(run: Path, out: Path, options: ExportOptions = DEFAULT) -> Exp
 
 
 def _refuse_collapsed(checkpoint: Checkpoint, run: Path, options: ExportOptions) -> None:
-    reason = find_collapse(Health(**checkpoint.state.figures), checkpoint.state.recipe)
+    reason = find_collapse(Health(**checkpoint.state.metrics), checkpoint.state.recipe)
     if reason and not options.allow_collapsed:
-        raise ExportError(f"{run}: the model has collapsed: {reason}. Or pass --allow-collapsed.")
+        raise ExportError(
+            f"{run}: the model has collapsed: {reason}. Or pass `allow_collapsed=True`."
+        )
 
 
 def _measured_rows(model: VSC, samples: NDArray[Any], calibration: Path | None) -> Rows:
@@ -178,7 +180,7 @@ def _measure_trade_off(model: VSC, folder: Path, measured: Rows, tau: float) -> 
 def _own_active(checkpoint: Checkpoint, trade_off: list[TauPoint], tau: float) -> float:
     """Return the active count at the bundle's tau; at 0.5 that of rows that were not trained on."""
     if tau == _TAU_OF_HEALTH:
-        return float(checkpoint.state.figures["active"])
+        return float(checkpoint.state.metrics["active"])
     return next(point.active for point in trade_off if point.tau == tau)
 
 

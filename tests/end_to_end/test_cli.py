@@ -89,7 +89,7 @@ def test_encode_talks_on_stderr_and_prints_json_when_asked(
 def test_encode_goes_past_broken_files_lists_them_and_counts_them(
     grey_folder: Path, tiny_bundle: Path, tmp_path: Path
 ) -> None:
-    folder = tmp_path / "pictures"
+    folder = tmp_path / "images"
     shutil.copytree(grey_folder, folder)
     (folder / "level" / "text.jpg").write_text("hello, I am text")
     Image.new("RGB", (64, 64), "red").save(tmp_path / "whole.jpg")
@@ -220,12 +220,12 @@ def test_wrong_arguments_end_with_2(tiny_bundle: Path, grey_folder: Path, tmp_pa
     assert not out.exists()
 
 
-def test_search_finds_the_picture_itself_first_and_explains(
+def test_search_finds_the_image_itself_first_and_explains(
     codes_file: Path, grey_folder: Path, tiny_bundle: Path
 ) -> None:
-    picture = grey_folder / "upright" / "000.png"
+    image = grey_folder / "upright" / "000.png"
     result = vsc(
-        "search", codes_file, "--like", picture, "--model", tiny_bundle, "--top", 3, "--explain"
+        "search", codes_file, "--like", image, "--model", tiny_bundle, "--top", 3, "--explain"
     )
     assert result.code == 0, result.err
     first, *rest = result.out.splitlines()
@@ -303,7 +303,7 @@ def test_a_query_whose_code_is_empty_says_so(codes_file: Path, tmp_path: Path) -
     assert full["hits"]
 
 
-def test_search_mostly_finds_pictures_of_the_same_kind(codes_file: Path) -> None:
+def test_search_mostly_finds_images_of_the_same_kind(codes_file: Path) -> None:
     stored = read_codes(codes_file)
     right = 0
     for identity in stored.ids[:20] + stored.ids[-20:]:
@@ -363,7 +363,7 @@ def test_decode_writes_reconstructions_and_a_sheet(
 
 
 @pytest.mark.slow
-def test_embeddings_go_the_same_way_as_pictures(tmp_path: Path) -> None:
+def test_embeddings_go_the_same_way_as_images(tmp_path: Path) -> None:
     rng = np.random.default_rng(0)
     centers = 4 * rng.normal(size=(5, 12))
     kinds = rng.integers(0, 5, 400)

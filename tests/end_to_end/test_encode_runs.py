@@ -36,11 +36,11 @@ def done(*arguments: object, **options: object) -> "subprocess.CompletedProcess[
 
 @pytest.fixture(scope="module")
 def many(tmp_path_factory: pytest.TempPathFactory, grey_folder: Path) -> Path:
-    """The 200 pictures under 2,000 names, and one broken file."""
+    """The 200 images under 2,000 names, and one broken file."""
     folder = tmp_path_factory.mktemp("many")
-    pictures = sorted(grey_folder.rglob("*.png"))
+    images = sorted(grey_folder.rglob("*.png"))
     for number in range(2000):
-        os.link(pictures[number % len(pictures)], folder / f"{number:04}.png")
+        os.link(images[number % len(images)], folder / f"{number:04}.png")
     (folder / "0777a.png").write_bytes(b"")
     return folder
 

@@ -22,7 +22,7 @@ ODD_IN_SHELL = r"$'0 größe\n\x1b[31m漢.png'"
 def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """Images, one of an odd name, their codes, and a model."""
     folder = tmp_path_factory.mktemp("streams")
-    shutil.copytree(ARCHIVE / "pictures", folder / "images")
+    shutil.copytree(ARCHIVE / "images", folder / "images")
     (folder / "images" / "000.png").rename(folder / "images" / ODD)
     shutil.copytree(ARCHIVE / "bundle-v1-csr", folder / "model")
     done = run(folder, "encode images --out codes.npz")

@@ -1,4 +1,4 @@
-"""Backbones: pictures are embedded in training and in production by the same file and rule."""
+"""Backbones: images are embedded in training and in production by the same file and rule."""
 
 import json
 import shutil
@@ -25,9 +25,9 @@ from vsc_serve.errors import ExportError, InputError, UsageError
 from vsc_serve.images import PixelSpec
 from vsc_serve.sources import find_sources
 from vsc_training.backbone import Backbone, BackboneSpec, digest
-from vsc_training.checkpoint import load_checkpoint, load_pictures, load_samples
+from vsc_training.checkpoint import load_checkpoint, load_images, load_samples
 from vsc_training.config import load_recipe
-from vsc_training.data import embed_examples, find_pictures
+from vsc_training.data import embed_examples, find_images
 from vsc_training.fit import fit
 
 SIDE = 16
@@ -49,7 +49,7 @@ def fit_behind(run: Path, folder: Path, file: Path) -> Path:
     fields = ["latent_dim=16", "hidden=64", "pseudo_inputs=4", "batch_size=32", "alpha=0.2"]
     fields += ["steps=300", "learning_rate=0.005", "precision=float32", "validation_share=0.2"]
     recipe = load_recipe("sparse", [*fields, "on_collapse=warn"])
-    examples = embed_examples(folder, find_pictures(folder), Backbone.open(file), lambda _: None)
+    examples = embed_examples(folder, find_images(folder), Backbone.open(file), lambda _: None)
     fit(recipe, examples, run, device=torch.device("cpu"), name="behind")
     return run
 
@@ -76,7 +76,7 @@ def backbone_run(
 def behind(
     tmp_path_factory: pytest.TempPathFactory, backbone_run: Path, backbone_file: Path
 ) -> Path:
-    """The bundle of `backbone_run`: pictures to codes."""
+    """The bundle of `backbone_run`: images to codes."""
     out = tmp_path_factory.mktemp("bundles") / "behind"
     export_with_backbone(
         backbone_run, out, backbone_file, ExportOptions(allow_collapsed=True, top_k=4)
@@ -95,7 +95,7 @@ def by_hand(pixels: NDArray[np.uint8]) -> NDArray[np.float64]:
     return scaled.transpose(0, 3, 1, 2)
 
 
-def test_pictures_give_the_codes_of_backbone_and_model_one_after_the_other(
+def test_images_give_the_codes_of_backbone_and_model_one_after_the_other(
     behind: Path, backbone_run: Path, backbone_file: Path, paths: list[Path]
 ) -> None:
     import onnxruntime
@@ -123,13 +123,13 @@ def test_training_embeds_with_the_very_numbers_of_the_exported_graph(
     """The embedding inside the bundle, taken out of the graph, is training's, to the bit."""
     import onnxruntime
 
-    pictures = load_pictures(backbone_run)
+    images = load_images(backbone_run)
     graph = onnx.load(behind / "encoder.onnx")
     shape = ["batch", DIM]
     graph.graph.output.append(helper.make_tensor_value_info("vector", TensorProto.FLOAT, shape))
     session = onnxruntime.InferenceSession(graph.SerializeToString())
-    (inside,) = session.run(["vector"], {"image": pictures})
-    np.testing.assert_array_equal(inside, Backbone.open(backbone_file).embed(pictures))
+    (inside,) = session.run(["vector"], {"image": images})
+    np.testing.assert_array_equal(inside, Backbone.open(backbone_file).embed(images))
     kept = load_samples(backbone_run)
     assert all((np.abs(kept - row).max(1) < 1e-5).any() for row in inside)
 
@@ -150,13 +150,13 @@ def test_the_bundle_says_which_backbone_is_inside(
     assert all(probe.file.endswith((".jpg", ".png")) for probe in manifest.probes)
     report = json.loads((behind / "parity.json").read_text())
     assert report["end_to_end"]["passed"]
-    assert report["end_to_end"]["rows"]["examples"] == len(load_pictures(backbone_run)) > 30
+    assert report["end_to_end"]["rows"]["examples"] == len(load_images(backbone_run)) > 30
     assert digest(backbone_file) in (behind / "README.md").read_text()
     names = {one.key: one.value for one in onnx.load(behind / "encoder.onnx").metadata_props}
     assert names["vsc.modality"] == "image"
 
 
-def test_the_other_graphs_take_pictures_as_well(behind: Path, paths: list[Path]) -> None:
+def test_the_other_graphs_take_images_as_well(behind: Path, paths: list[Path]) -> None:
     import onnxruntime
 
     encoder = Encoder.open(behind, device="cpu")
@@ -230,10 +230,10 @@ def test_another_backbone_than_the_runs_is_refused(
     assert not (tmp_path / "out").exists()
 
 
-def test_a_run_on_pictures_has_no_place_for_a_backbone(
+def test_a_run_on_images_has_no_place_for_a_backbone(
     tiny_run: Path, backbone_file: Path, tmp_path: Path
 ) -> None:
-    with pytest.raises(ExportError, match="fitted to pictures of 8x8 grey, crop, not to embedd"):
+    with pytest.raises(ExportError, match="fitted to images of 8x8 grey, crop, not to embedd"):
         export_with_backbone(tiny_run, tmp_path / "out", backbone_file)
 
 
@@ -265,7 +265,7 @@ def test_a_moved_row_boundary_is_not_written(
 @pytest.fixture(scope="module")
 def half_file(tmp_path_factory: pytest.TempPathFactory, conv_backbone: MakeBackbone) -> Path:
     """A backbone of float16 layers, float16 in and out."""
-    return conv_backbone(tmp_path_factory.mktemp("half") / "h.onnx", kind="FLOAT16", half=True)
+    return conv_backbone(tmp_path_factory.mktemp("half") / "h.onnx", kind="FLOAT16", fp16=True)
 
 
 @pytest.fixture(scope="module")
@@ -357,7 +357,7 @@ def test_a_bundle_is_verified_with_the_backbone_that_is_inside(
         verify_bundle(behind, backbone_run, None, row_count=50)
     with pytest.raises(UsageError, match="the backbone inside is not the one of --backbone"):
         verify_bundle(tiny_bundle, backbone_run, None, row_count=50, backbone=backbone_file)
-    with pytest.raises(ExportError, match="fitted to pictures of 8x8 grey"):
+    with pytest.raises(ExportError, match="fitted to images of 8x8 grey"):
         verify_bundle(behind, tiny_run, None, row_count=50, backbone=backbone_file)
 
 
@@ -421,7 +421,7 @@ def test_the_commands_say_what_they_embed_compare_and_write(
 
 
 @pytest.mark.slow
-def test_a_run_behind_a_backbone_is_evaluated_on_pictures(
+def test_a_run_behind_a_backbone_is_evaluated_on_images(
     backbone_run: Path,
     backbone_file: Path,
     grey_folder: Path,
@@ -435,26 +435,26 @@ def test_a_run_behind_a_backbone_is_evaluated_on_pictures(
     assert labelled.examples.rows.shape == (200, DIM)
     assert labelled.labels is not None
     assert set(labelled.labels) == {"upright", "level"}
-    with pytest.raises(InputError, match="or --backbone with what embeds pictures"):
+    with pytest.raises(InputError, match="or --backbone with what embeds images"):
         load_labelled(grey_folder, data)
     other = conv_backbone(tmp_path / "other.onnx", seed=1)
     with pytest.raises(UsageError, match="not the one of this model"):
         load_labelled(grey_folder, data, Backbone.open(other))
 
 
-def test_the_pictures_that_are_kept_lie_all_over_the_folder(
+def test_the_images_that_are_kept_lie_all_over_the_folder(
     grey_folder: Path, backbone_file: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     from vsc_training import data
 
-    monkeypatch.setattr(data, "_KEPT_PICTURES", 10)
+    monkeypatch.setattr(data, "_KEPT_IMAGES", 10)
     monkeypatch.setattr(data, "_EMBEDDED_AT_ONCE", 7)
     sources = list(find_sources([str(grey_folder)]))
     done: list[int] = []
     examples = embed_examples(grey_folder, sources, Backbone.open(backbone_file), done.append)
-    assert examples.pictures is not None
-    assert len(examples.pictures) == 10
+    assert examples.images is not None
+    assert len(examples.images) == 10
     assert done[-1] == len(sources) == len(examples.rows) == 200
     assert examples.labels is not None
     backbone = Backbone.open(backbone_file)
-    np.testing.assert_allclose(backbone.embed(examples.pictures), examples.rows[::20], atol=1e-5)
+    np.testing.assert_allclose(backbone.embed(examples.images), examples.rows[::20], atol=1e-5)

@@ -177,8 +177,8 @@ def test_a_collapsed_model_is_refused_unless_asked_for(tiny_run: Path, tmp_path:
     run = tmp_path / "run"
     shutil.copytree(tiny_run, run)
     checkpoint = load_checkpoint(run)
-    figures = checkpoint.state.figures | {"active": 0.0, "empty_share": 1.0}
-    state = dataclasses.replace(checkpoint.state, figures=figures)
+    metrics = checkpoint.state.metrics | {"active": 0.0, "empty_share": 1.0}
+    state = dataclasses.replace(checkpoint.state, metrics=metrics)
     save_checkpoint(run, dataclasses.replace(checkpoint, state=state))
     with pytest.raises(ExportError, match=r"collapsed: codes are empty .* --allow-collapsed"):
         export_bundle(run, tmp_path / "out")
@@ -256,6 +256,6 @@ def test_a_truncated_weights_file_is_refused_with_its_name(
 
 def test_the_model_card_states_the_measured_figures(tiny_bundle: Path, tiny_run: Path) -> None:
     card = (tiny_bundle / write.CARD).read_text()
-    figures = load_checkpoint(tiny_run).state.figures
-    assert f"{figures['active']:.1f} per example" in card
-    assert f"{figures['live']} of {figures['latents']}" in card
+    metrics = load_checkpoint(tiny_run).state.metrics
+    assert f"{metrics['active']:.1f} per example" in card
+    assert f"{metrics['live']} of {metrics['latents']}" in card

@@ -96,10 +96,10 @@ def test_calibration_data_of_another_shape_is_refused(tiny_run: Path, tmp_path: 
     np.save(tmp_path / "rows.npy", np.arange(225, dtype=np.uint8).reshape(9, 5, 5))
     with pytest.raises(InputError, match=r"rows\.npy: found grey images of 5x5, but the model"):
         export_bundle(tiny_run, tmp_path / "out", ExportOptions(calibration=tmp_path / "rows.npy"))
-    folder = tmp_path / "pictures"
+    folder = tmp_path / "images"
     folder.mkdir()
     Image.new("L", (8, 8)).save(folder / "a.png")
-    (folder / "a.png").write_bytes(b"no picture")
+    (folder / "a.png").write_bytes(b"no image")
     with pytest.raises(InputError, match="none of 1 image files can be read"):
         export_bundle(tiny_run, tmp_path / "out", ExportOptions(calibration=folder))
     assert not (tmp_path / "out").exists()

@@ -69,7 +69,7 @@ def test_the_report_says_what_was_compared(tiny_bundle: Path) -> None:
     assert report["bytes_equal"]
     assert report["near_threshold"]["pushed"] >= 20
     assert report["fidelity"]["rows"] == 200
-    assert report["fidelity"]["neighbours_kept"] == 1.0
+    assert report["fidelity"]["neighbour_recall"] == 1.0
     assert report["fidelity"]["active"] == report["fidelity"]["active_truth"]
 
 

@@ -12,7 +12,7 @@ import pytest
 
 from vsc_export import fidelity
 from vsc_export.comparison import exact_codes
-from vsc_export.fidelity import GATES, Fidelity, Gate, neighbours_kept
+from vsc_export.fidelity import GATES, Fidelity, Gate, neighbour_recall
 from vsc_export.graphs import example_rows
 from vsc_export.options import ExportOptions
 from vsc_export.precision import encoder_in, parse_precision
@@ -29,7 +29,7 @@ PERFECT = Fidelity(
     rows=10,
     flipped_share=0.0,
     support_jaccard=1.0,
-    neighbours_kept=1.0,
+    neighbour_recall=1.0,
     active_truth=5.0,
     active=5.0,
     squared_error_truth=2.0,
@@ -48,7 +48,7 @@ def loose_gates(monkeypatch: pytest.MonkeyPatch) -> None:
     gate = Gate(
         max_flipped_share=0.05,
         min_support_jaccard=0.8,
-        min_neighbours_kept=0.5,
+        min_neighbour_recall=0.5,
         max_squared_error_rise=0.1,
     )
     for name in GATES:
@@ -142,7 +142,7 @@ def test_a_variant_beyond_its_gate_is_not_written(
     [
         ({"flipped_share": 0.1}, "share of flipped spikes is 0.1, must be <= 0.002"),
         ({"support_jaccard": 0.9}, "support Jaccard is 0.9, must be >= 0.98"),
-        ({"neighbours_kept": 0.5}, "neighbour recall@10 is 0.5, must be >= 0.95"),
+        ({"neighbour_recall": 0.5}, "neighbour recall@10 is 0.5, must be >= 0.95"),
         ({"squared_error": 2.2}, "rise of the squared error is 0.1, must be <= 0.02"),
         ({"squared_error": np.nan}, "rise of the squared error is nan, must be <= 0.02"),
         ({"support_jaccard": np.nan}, "support Jaccard is nan, must be >= 0.98"),
@@ -156,8 +156,8 @@ def test_the_gate_says_what_is_lost(changes: dict[str, float], line: str) -> Non
 def test_neighbours_kept_counts_those_that_stay_among_the_nearest() -> None:
     rng = np.random.default_rng(0)
     rows = rng.normal(size=(60, 5))
-    assert neighbours_kept(rows, rows) == 1.0
-    assert neighbours_kept(rows, 3.0 * rows) == 1.0
+    assert neighbour_recall(rows, rows) == 1.0
+    assert neighbour_recall(rows, 3.0 * rows) == 1.0
     unit = rows / np.linalg.norm(rows, axis=1, keepdims=True)
     other = rng.normal(size=(60, 5))
     others = other / np.linalg.norm(other, axis=1, keepdims=True)
@@ -165,14 +165,14 @@ def test_neighbours_kept_counts_those_that_stay_among_the_nearest() -> None:
     for i in range(60):
         order, found = np.argsort(-unit @ unit[i]), np.argsort(-others @ others[i])
         kept += len(set(order[order != i][:10]) & set(found[found != i][:10]))
-    assert neighbours_kept(rows, other) == pytest.approx(kept / 600)
+    assert neighbour_recall(rows, other) == pytest.approx(kept / 600)
 
 
 def test_copies_and_empty_rows_are_neighbours_whichever_comes_first() -> None:
     rows = np.repeat(np.eye(3), 8, axis=0)
-    assert neighbours_kept(rows, rows[:, [2, 0, 1]], 3) == 1.0
-    assert neighbours_kept(np.zeros((20, 3)), np.random.default_rng(0).normal(size=(20, 3))) == 1.0
-    assert neighbours_kept(rows[:1], rows[:1]) == 1.0
+    assert neighbour_recall(rows, rows[:, [2, 0, 1]], 3) == 1.0
+    assert neighbour_recall(np.zeros((20, 3)), np.random.default_rng(0).normal(size=(20, 3))) == 1.0
+    assert neighbour_recall(rows[:1], rows[:1]) == 1.0
 
 
 def test_a_name_that_is_no_precision_is_refused() -> None:

@@ -86,7 +86,7 @@ def test_more_places_than_latents_are_refused(places: int) -> None:
 
 
 PLACES = 3
-"""Fewer than some pictures have entries."""
+"""Fewer than some images have entries."""
 
 
 @pytest.fixture(scope="module")

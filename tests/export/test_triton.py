@@ -264,7 +264,7 @@ def test_every_row_may_have_its_own_tau(
         assert same_codes(found[row : row + 1], expected)
 
 
-def test_encoded_pictures_give_the_codes_of_their_files(
+def test_encoded_images_give_the_codes_of_their_files(
     server_model: Any, encoder: Encoder, pixels: NDArray[np.uint8]
 ) -> None:
     content = [as_png(row) for row in pixels[:3]]
@@ -278,7 +278,7 @@ def test_a_bad_request_does_not_fail_the_others_in_its_batch(
     bad = {
         "give one of the inputs image and image_bytes": {},
         "tau must be above 0 and below 1": {"image": pixels[:1], "tau": np.array([[1.5]])},
-        "not an image, or cut off": {"image_bytes": as_bytes_input([b"not a picture"])},
+        "not an image, or cut off": {"image_bytes": as_bytes_input([b"not an image"])},
     }
     good = FakeRequest({"image": pixels[:2]})
     *failed, answered = server_model.execute([*(FakeRequest(one) for one in bad.values()), good])
@@ -426,7 +426,7 @@ def test_the_real_server_gives_exactly_the_codes_of_the_encoder(
 
 
 @pytest.mark.slow
-def test_the_real_server_takes_encoded_pictures(
+def test_the_real_server_takes_encoded_images(
     server: int, encoder: Encoder, pixels: NDArray[np.uint8]
 ) -> None:
     content = [as_png(row) for row in pixels[:3]]
@@ -444,6 +444,6 @@ def test_the_real_server_gives_the_reason_of_a_bad_request(
     with pytest.raises(InferenceServerException, match="tau must be above 0 and below 1"):
         ask(server, {"image": (pixels[:1], "UINT8"), "tau": tau})
     with pytest.raises(InferenceServerException, match="not an image"):
-        ask(server, {"image_bytes": (as_bytes_input([b"not a picture"]), "BYTES")})
+        ask(server, {"image_bytes": (as_bytes_input([b"not an image"]), "BYTES")})
     with pytest.raises(InferenceServerException, match="unexpected shape for input 'image'"):
         ask(server, {"image": (pixels[:1, :5], "UINT8")})

@@ -34,8 +34,8 @@ def noise(height: int, width: int, *, channels: int = 3) -> Image.Image:
 
 
 @pytest.fixture
-def odd_pictures(tmp_path: Path) -> Path:
-    """Pictures that two ways of reading would read differently."""
+def odd_images(tmp_path: Path) -> Path:
+    """Images that two ways of reading would read differently."""
     folder = tmp_path / "odd"
     folder.mkdir()
     exif = Image.Exif()
@@ -50,24 +50,24 @@ def odd_pictures(tmp_path: Path) -> Path:
     return folder
 
 
-def test_complaint_training_and_serving_resize_in_different_ways(odd_pictures):
+def test_complaint_training_and_serving_resize_in_different_ways(odd_images):
     """One function makes the pixels: for training, the command line, the service, an array."""
-    examples = load_examples(odd_pictures, size=16)
+    examples = load_examples(odd_images, size=16)
     spec = examples.spec.pixel_spec
     assert spec is not None
-    served, ids, bad = read_images(find_sources([str(odd_pictures)]), spec)
+    served, ids, bad = read_images(find_sources([str(odd_images)]), spec)
     assert (ids, bad) == (examples.ids, [])
     np.testing.assert_array_equal(examples.rows, served)
     for name, row in zip(ids, served, strict=True):
-        np.testing.assert_array_equal(read_pixels(odd_pictures / name, spec), row)
+        np.testing.assert_array_equal(read_pixels(odd_images / name, spec), row)
 
 
 @pytest.mark.slow
 def test_complaint_zero_images_give_an_empty_file_and_no_error(tiny_bundle, tmp_path):
     """Exit 2, one line: what was looked for and what was there instead. Nothing is written."""
-    folder = tmp_path / "pictures"
+    folder = tmp_path / "images"
     folder.mkdir()
-    (folder / "readme.txt").write_text("pictures are elsewhere")
+    (folder / "readme.txt").write_text("images are elsewhere")
     done = encode(tiny_bundle, folder, "--out", tmp_path / "codes.npz")
     assert done.returncode == 2
     assert f"{folder}: no image found. Looked for files ending in .apng" in done.stderr
@@ -79,9 +79,9 @@ def test_complaint_zero_images_give_an_empty_file_and_no_error(tiny_bundle, tmp_
 def test_complaint_one_truncated_image_stops_the_run_or_shifts_the_rows(
     grey_folder, tiny_bundle, tmp_path
 ):
-    pictures = sorted(grey_folder.rglob("*.png"))[:12]
-    for number, picture in enumerate(pictures):
-        content = picture.read_bytes()
+    images = sorted(grey_folder.rglob("*.png"))[:12]
+    for number, image in enumerate(images):
+        content = image.read_bytes()
         cut = content[: len(content) // 2] if number in (0, 5, 6, 11) else content
         (tmp_path / f"{number:02}.png").write_bytes(cut)
     done = encode(tiny_bundle, tmp_path, "--out", tmp_path / "codes.npz")
@@ -98,13 +98,13 @@ def test_complaint_one_truncated_image_stops_the_run_or_shifts_the_rows(
 @pytest.mark.slow
 def test_complaint_rows_are_shifted_against_their_files(grey_folder, tiny_bundle, tmp_path):
     """Among empty, cut, mislabelled and unusual files, every row is the code of its own file."""
-    pictures = sorted(grey_folder.rglob("*.png"))[:30]
-    folder = tmp_path / "pictures"
-    for number, picture in enumerate(pictures):
+    images = sorted(grey_folder.rglob("*.png"))[:30]
+    folder = tmp_path / "images"
+    for number, image in enumerate(images):
         path = folder / f"{number % 3}" / f"Bild {29 - number:02} é.png"
         path.parent.mkdir(parents=True, exist_ok=True)
-        path.write_bytes(picture.read_bytes())
-    for number, content in enumerate((b"", b"no picture", pictures[0].read_bytes()[:60])):
+        path.write_bytes(image.read_bytes())
+    for number, content in enumerate((b"", b"no image", images[0].read_bytes()[:60])):
         (folder / f"{number}" / f"Bild 0{number} broken.png").write_bytes(content)
         (folder / f"{number}.jpg").write_bytes(content)
     done = encode(tiny_bundle, folder, "--out", tmp_path / "codes.npz", "--batch-size", "4")
@@ -121,16 +121,16 @@ def test_complaint_rows_are_shifted_against_their_files(grey_folder, tiny_bundle
 def test_complaint_a_new_image_means_that_everything_is_done_again(
     grey_folder, tiny_bundle, tmp_path
 ):
-    folder = tmp_path / "pictures"
+    folder = tmp_path / "images"
     folder.mkdir()
-    pictures = sorted(grey_folder.rglob("*.png"))[:40]
-    for picture in pictures[:38]:
-        (folder / picture.name).write_bytes(picture.read_bytes())
+    images = sorted(grey_folder.rglob("*.png"))[:40]
+    for image in images[:38]:
+        (folder / image.name).write_bytes(image.read_bytes())
     update = (folder, "--out", tmp_path / "codes.npz", "--update", "--json")
     assert json.loads(encode(tiny_bundle, *update).stdout)["fresh"] == 38
-    (folder / pictures[0].name).unlink()
-    for picture in pictures[38:]:
-        (folder / picture.name).write_bytes(picture.read_bytes())
+    (folder / images[0].name).unlink()
+    for image in images[38:]:
+        (folder / image.name).write_bytes(image.read_bytes())
     again = json.loads(encode(tiny_bundle, *update).stdout)
     assert (again["images"], again["fresh"]) == (39, 2)
     whole = encode(tiny_bundle, folder, "--out", tmp_path / "whole.npz", "--update")
@@ -141,11 +141,11 @@ def test_complaint_a_new_image_means_that_everything_is_done_again(
 @pytest.mark.slow
 def test_complaint_an_interrupt_leaves_a_broken_file(grey_folder, tiny_bundle, tmp_path):
     """Whenever Ctrl-C comes, the old file stays whole and the next run gives the right one."""
-    folder = tmp_path / "pictures"
+    folder = tmp_path / "images"
     folder.mkdir()
-    pictures = sorted(grey_folder.rglob("*.png"))
+    images = sorted(grey_folder.rglob("*.png"))
     for number in range(3000):
-        os.link(pictures[number % len(pictures)], folder / f"{number:04}.png")
+        os.link(images[number % len(images)], folder / f"{number:04}.png")
     out = tmp_path / "codes.npz"
     assert encode(tiny_bundle, folder, "--out", out).returncode == 0
     expected = out.read_bytes()
@@ -175,14 +175,14 @@ def interrupt(bundle: Path, folder: Path, out: Path, after: float) -> int:
 @pytest.mark.slow
 def test_complaint_memory_grows_with_the_number_of_images(grey_folder, tiny_bundle, tmp_path):
     """A run over ten times the images, in shards of one size, needs no more memory."""
-    pictures = sorted(grey_folder.rglob("*.png"))
+    images = sorted(grey_folder.rglob("*.png"))
     peaks = []
     for count in (3000, 30_000):
         folder = tmp_path / str(count)
         for number in range(count):
             path = folder / f"{number // 1000:02}" / f"{number:05}.png"
             path.parent.mkdir(parents=True, exist_ok=True)
-            os.link(pictures[number % len(pictures)], path)
+            os.link(images[number % len(images)], path)
         peaks.append(peak_mib(tiny_bundle, folder, tmp_path / f"codes{count}.npz"))
     assert peaks[1] < 1.1 * peaks[0]
 
@@ -201,7 +201,7 @@ def peak_mib(bundle: Path, folder: Path, out: Path) -> float:
 
 
 @pytest.mark.slow
-def test_complaint_phone_pictures_and_junk_folders(tiny_bundle, tmp_path):
+def test_complaint_phone_images_and_junk_folders(tiny_bundle, tmp_path):
     """A phone's folder: HEIF is read or named in the list, previews are passed over."""
     pytest.importorskip("pillow_heif").register_heif_opener()
     folder = tmp_path / "DCIM"
@@ -215,18 +215,18 @@ def test_complaint_phone_pictures_and_junk_folders(tiny_bundle, tmp_path):
     assert not (tmp_path / "codes.errors.jsonl").exists()
 
 
-def test_a_picture_resized_another_way_would_be_seen():
+def test_an_image_resized_another_way_would_be_seen():
     """The test of one resize above can fail: Pillow's other filters give other pixels."""
-    picture = noise(90, 60)
+    image = noise(90, 60)
     spec = PixelSpec(height=16, width=16, channels=3, fit="stretch")
-    ours = read_pixels(png_bytes(picture), spec)
-    other = np.asarray(picture.resize((16, 16), Image.Resampling.NEAREST))
+    ours = read_pixels(png_bytes(image), spec)
+    other = np.asarray(image.resize((16, 16), Image.Resampling.NEAREST))
     assert not np.array_equal(ours, other)
 
 
-def png_bytes(picture: Image.Image) -> bytes:
+def png_bytes(image: Image.Image) -> bytes:
     from io import BytesIO
 
     buffer = BytesIO()
-    picture.save(buffer, "PNG")
+    image.save(buffer, "PNG")
     return buffer.getvalue()

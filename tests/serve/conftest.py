@@ -80,7 +80,7 @@ def save_decoder(path: Path, weight: NDArray[np.float32]) -> None:
 
 
 def make_probe(path: Path, pixels: NDArray[np.uint8], weight: NDArray[np.float32]) -> Probe:
-    """Write a picture, and compute by hand the code it must give."""
+    """Write an image, and compute by hand the code it must give."""
     Image.fromarray(pixels).save(path)
     spike_logit = (pixels.reshape(-1).astype(np.float32) / 255 - 0.5) @ weight
     is_on = spike_logit > threshold_logit(0.5)
@@ -94,7 +94,7 @@ def make_probe(path: Path, pixels: NDArray[np.uint8], weight: NDArray[np.float32
 
 @pytest.fixture
 def tiny_bundle(tmp_path: Path) -> Path:
-    """A bundle for 4x4 grey pictures, with 6 latents and one probe."""
+    """A bundle for 4x4 grey images, with 6 latents and one probe."""
     folder = tmp_path / "tiny"
     folder.mkdir()
     rng = np.random.default_rng(3)

@@ -16,12 +16,12 @@ ARCHIVE = Path(__file__).parents[1] / "data" / "archive"
 @pytest.mark.parametrize("version", range(1, BUNDLE_FORMAT + 1))
 def test_a_bundle_of_every_version_opens_and_gives_its_codes(version: int) -> None:
     folder = ARCHIVE / f"bundle-v{version}"
-    pictures = sorted((ARCHIVE / "pictures").glob("*.png"))
-    codes = Encoder.open(folder, device="cpu").encode(pictures)
+    images = sorted((ARCHIVE / "images").glob("*.png"))
+    codes = Encoder.open(folder, device="cpu").encode(images)
     expected = read_codes(ARCHIVE / f"codes-v{version}.npz").codes
     assert codes.indices.tolist() == expected.indices.tolist()
     np.testing.assert_allclose(codes.data, expected.data, atol=1e-4)
-    assert Decoder.open(folder, device="cpu").decode(codes).shape == (len(pictures), 8, 8, 1)
+    assert Decoder.open(folder, device="cpu").decode(codes).shape == (len(images), 8, 8, 1)
 
 
 @pytest.mark.parametrize("version", range(1, CODES_FORMAT + 1))

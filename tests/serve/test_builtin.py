@@ -18,7 +18,7 @@ def scene(number: int, quality: int) -> bytes:
     return buffer.getvalue()
 
 
-def test_a_picture_saved_again_is_nearest_to_itself() -> None:
+def test_an_image_saved_again_is_nearest_to_itself() -> None:
     encoder = Encoder.open(builtin_model(), device="cpu")
     codes = encoder.encode([scene(number, quality) for quality in (95, 30) for number in range(20)])
     rows = codes.toarray()

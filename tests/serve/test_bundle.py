@@ -336,7 +336,7 @@ def test_a_bundle_with_a_compacting_graph_is_read_for_ever():
         "image": "uint8 (batch, 8, 8, 1)",
         "tau_logit": "float32 ()",
     }
-    codes = Encoder.open(folder, device="cpu").encode(sorted((ARCHIVE / "pictures").glob("*.png")))
+    codes = Encoder.open(folder, device="cpu").encode(sorted((ARCHIVE / "images").glob("*.png")))
     expected = json.loads((ARCHIVE / "bundle-v1-csr-codes.json").read_text(encoding="utf-8"))
     assert codes.indices.tolist() == [j for row in expected["indices"] for j in row]
     np.testing.assert_allclose(

@@ -17,14 +17,14 @@ from vsc_serve.options import EncodeOptions
 
 ARCHIVE = Path(__file__).parents[1] / "data" / "archive"
 BUNDLE = ARCHIVE / "bundle-v1"
-PICTURES = sorted((ARCHIVE / "pictures").glob("*.png"))
-IDS = [path.name for path in PICTURES]
+IMAGES = sorted((ARCHIVE / "images").glob("*.png"))
+IDS = [path.name for path in IMAGES]
 
 
 def encoded(path: Path, **options) -> Path:
     encoder = Encoder.open(BUNDLE, device="cpu")
     chosen = EncodeOptions(**options)
-    rows = encoder.encode_rows(encoder.read(PICTURES), chosen)
+    rows = encoder.encode_rows(encoder.read(IMAGES), chosen)
     meta = encoder.provenance(chosen)
     write_codes(path, rows.codes, IDS, meta, gamma=rows.gamma, sigma=rows.sigma)
     return path
@@ -43,11 +43,11 @@ def in_shards(path: Path, folder: Path) -> Path:
 @pytest.mark.parametrize(
     "options", [{}, {"view": "gamma"}, {"view": "spike"}, {"max_active": 2}, {"tau": 0.3}]
 )
-def test_a_picture_is_found_again_whatever_its_code_holds(tmp_path, options, capsys):
+def test_an_image_is_found_again_whatever_its_code_holds(tmp_path, options, capsys):
     codes = encoded(tmp_path / "codes.npz", **options)
     for path in (codes, in_shards(codes, tmp_path / "shards")):
         arguments = {"top": 6, "metric": "cosine", "explain": False, "device": "cpu"}
-        search(path, str(PICTURES[3]), model=BUNDLE, as_json=True, **arguments)
+        search(path, str(IMAGES[3]), model=BUNDLE, as_json=True, **arguments)
         hits = json.loads(capsys.readouterr().out)["hits"]
         by_id = {hit["id"]: hit["score"] for hit in hits}
         assert by_id[IDS[3]] == pytest.approx(1.0)

@@ -121,27 +121,27 @@ def test_codes_are_sparse_sorted_and_of_the_promised_types(fake_encoder):
     assert codes.data.all()
 
 
-def test_paths_bytes_and_pictures_give_the_code_of_their_pixels(fake_encoder, tmp_path):
+def test_paths_bytes_and_images_give_the_code_of_their_pixels(fake_encoder, tmp_path):
     rows = pixels(4)
     path = tmp_path / "größer.png"
     path.write_bytes(png(rows[1]))
-    pictures = [
+    images = [
         str(path),
         path,
         png(rows[1]),
         opened(png(rows[1])),
         Image.fromarray(rows[1, ..., 0]),
     ]
-    expected = fake_encoder.encode(rows[[1] * len(pictures)])
-    assert same(fake_encoder.encode(pictures), expected)
+    expected = fake_encoder.encode(rows[[1] * len(images)])
+    assert same(fake_encoder.encode(images), expected)
     assert fake_encoder.encode([]).shape == (0, 16)
 
 
-def test_a_single_picture_is_refused_with_the_right_call(fake_encoder, tmp_path):
+def test_a_single_image_is_refused_with_the_right_call(fake_encoder, tmp_path):
     path = tmp_path / "a.png"
     content = png(pixels(1)[0])
     for single in (path, str(path), content, opened(content)):
-        with pytest.raises(InputError, match=r"a list of pictures.*pass \[picture\]"):
+        with pytest.raises(InputError, match=r"a list of images.*pass \[image\]"):
             fake_encoder.encode(single)
 
 
@@ -164,7 +164,7 @@ def test_pixels_of_another_shape_or_type_are_refused_with_both(fake_encoder, row
     )
 
 
-def test_a_picture_that_cannot_be_read_is_named(fake_encoder, tmp_path):
+def test_an_image_that_cannot_be_read_is_named(fake_encoder, tmp_path):
     good = png(pixels(1)[0])
     (tmp_path / "bad.png").write_bytes(good[:60])
     with pytest.raises(InputError, match=r"bad.png: broken image"):
@@ -175,7 +175,7 @@ def test_a_picture_that_cannot_be_read_is_named(fake_encoder, tmp_path):
         fake_encoder.encode([good, b""])
     with pytest.raises(InputError, match="row 1: broken image"):
         fake_encoder.encode([good, opened(good[:60])])
-    with pytest.raises(InputError, match=r"row 1: a ndarray is no picture.*all pixels as one"):
+    with pytest.raises(InputError, match=r"row 1: a ndarray is no image.*all pixels as one"):
         fake_encoder.encode([good, pixels(1)[0]])
 
 

@@ -31,10 +31,10 @@ from vsc_serve.sources import Source, find_sources
 
 
 @pytest.fixture
-def pictures(pictures: Path) -> Path:
-    """Forty grey 4x4 pictures, one of them broken."""
-    (pictures / "17.png").write_bytes(b"no picture")
-    return pictures
+def images(images: Path) -> Path:
+    """Forty grey 4x4 images, one of them broken."""
+    (images / "17.png").write_bytes(b"no image")
+    return images
 
 
 def found(folder: Path, times: int = 1) -> list[Source]:
@@ -58,9 +58,9 @@ def dense(bundle: Path) -> Encode:
 @pytest.mark.slow
 @pytest.mark.parametrize("size", [1, 7, None])
 def test_the_rows_are_those_of_a_model_alone(
-    tiny_bundle: Path, pictures: Path, size: int | None
+    tiny_bundle: Path, images: Path, size: int | None
 ) -> None:
-    sources = found(pictures, 4)
+    sources = found(images, 4)
     with pool_of(
         tiny_bundle, [[dense(tiny_bundle), dense(tiny_bundle)], [dense(tiny_bundle)]]
     ) as pool:
@@ -69,18 +69,18 @@ def test_the_rows_are_those_of_a_model_alone(
     ids = [name for batch in results for name in batch.ids]
     assert ids == [source.id for source in sources if source.id != "17.png"]
     assert [name for batch in results for name, _ in batch.rejected] == ["17.png"] * 4
-    expected = Encoder.open(tiny_bundle, device="cpu").encode([pictures / name for name in ids])
+    expected = Encoder.open(tiny_bundle, device="cpu").encode([images / name for name in ids])
     codes = np.concatenate([batch.rows.codes.toarray() for batch in results])
     assert codes.tobytes() == expected.toarray().tobytes()
 
 
 @pytest.mark.slow
-def test_readers_wait_while_the_models_are_busy(tiny_bundle: Path, pictures: Path) -> None:
+def test_readers_wait_while_the_models_are_busy(tiny_bundle: Path, images: Path) -> None:
     taken = 0
 
     def endless() -> Iterator[Source]:
         nonlocal taken
-        for source in found(pictures, 100):
+        for source in found(images, 100):
             taken += 1
             yield source
 
@@ -92,8 +92,8 @@ def test_readers_wait_while_the_models_are_busy(tiny_bundle: Path, pictures: Pat
 
 
 @pytest.mark.slow
-def test_a_row_that_the_model_fails_on_is_left_out_alone(tiny_bundle: Path, pictures: Path) -> None:
-    marked = np.asarray(Image.open(pictures / "03.png"))
+def test_a_row_that_the_model_fails_on_is_left_out_alone(tiny_bundle: Path, images: Path) -> None:
+    marked = np.asarray(Image.open(images / "03.png"))
     inner = dense(tiny_bundle)
 
     def failing(pixels: NDArray[np.uint8]) -> Any:
@@ -102,7 +102,7 @@ def test_a_row_that_the_model_fails_on_is_left_out_alone(tiny_bundle: Path, pict
         return inner(pixels)
 
     with pool_of(tiny_bundle, [[failing]]) as pool:
-        results = list(batches(pool, iter(found(pictures)), None))
+        results = list(batches(pool, iter(found(images)), None))
     bad = [one for batch in results for one in batch.rejected]
     assert bad[0] == ("03.png", "gives values that are not finite")
     assert sum(len(batch.ids) for batch in results) == 38
@@ -278,10 +278,10 @@ class Rounded:
 
 
 @pytest.mark.gpu
-def test_every_gpu_gives_the_codes_of_the_cpu(tiny_bundle: Path, pictures: Path) -> None:
-    results = list(stream(tiny_bundle, [pictures], device="cuda", batch_size=7))
+def test_every_gpu_gives_the_codes_of_the_cpu(tiny_bundle: Path, images: Path) -> None:
+    results = list(stream(tiny_bundle, [images], device="cuda", batch_size=7))
     ids = [name for batch in results for name in batch.ids]
-    assert ids == [source.id for source in found(pictures) if source.id != "17.png"]
-    expected = Encoder.open(tiny_bundle, device="cpu").encode([pictures / name for name in ids])
+    assert ids == [source.id for source in found(images) if source.id != "17.png"]
+    expected = Encoder.open(tiny_bundle, device="cpu").encode([images / name for name in ids])
     codes = np.concatenate([batch.rows.codes.toarray() for batch in results])
     np.testing.assert_allclose(codes, expected.toarray(), atol=1e-4)

@@ -95,16 +95,16 @@ def test_a_damaged_marker_makes_no_folder_ours(ours: Path, content: str) -> None
 
 
 def test_an_output_never_replaces_its_input(ours: Path, tmp_path: Path) -> None:
-    picture = ours / "deep" / "a.png"
+    image = ours / "deep" / "a.png"
     link = tmp_path / "link"
     link.symlink_to(ours)
-    for given in (ours, picture, ours / "deep", link, link / "deep" / "a.png"):
+    for given in (ours, image, ours / "deep", link, link / "deep" / "a.png"):
         with pytest.raises(UsageError, match=r"ours: holds the input .* never replaces its input"):
             check_output(ours, KIND, force=True, inputs=[given])
     with pytest.raises(UsageError, match="holds the input"):
-        check_output(link, KIND, force=True, inputs=[picture])
+        check_output(link, KIND, force=True, inputs=[image])
     with pytest.raises(UsageError, match="holds the input"):
-        check_output(picture, PNG, force=True, inputs=[picture])
+        check_output(image, PNG, force=True, inputs=[image])
     check_output(tmp_path / "new", KIND, force=True, inputs=[ours, tmp_path])
 
 

@@ -153,7 +153,7 @@ def test_ten_broken_files_among_a_thousand_shift_no_row(
     fake_encoder: Encoder, tmp_path: Path
 ) -> None:
     rng = np.random.default_rng(0)
-    folder = tmp_path / "pictures"
+    folder = tmp_path / "images"
     folder.mkdir()
     images = rng.integers(0, 256, (1000, 8, 8), dtype=np.uint8)
     broken = set(range(7, 1000, 100))
@@ -176,12 +176,12 @@ def test_ten_broken_files_among_a_thousand_shift_no_row(
 
 @pytest.mark.slow
 def test_processes_threads_and_any_chunk_give_the_same_rows(
-    tiny_bundle: Path, pictures: Path
+    tiny_bundle: Path, images: Path
 ) -> None:
-    (pictures / "05.png").write_bytes(b"no picture")
+    (images / "05.png").write_bytes(b"no image")
     encoder = Encoder.open(tiny_bundle, device="cpu")
-    kept = [source for source in found(pictures) if source.id != "05.png"]
-    pixels = np.stack([np.asarray(Image.open(pictures / one.id))[..., None] for one in kept])
+    kept = [source for source in found(images) if source.id != "05.png"]
+    pixels = np.stack([np.asarray(Image.open(images / one.id))[..., None] for one in kept])
     codes = encoder.encode(pixels).toarray().tobytes()
     expected = ([one.id for one in kept], codes)
     for pool, size in [
@@ -191,18 +191,16 @@ def test_processes_threads_and_any_chunk_give_the_same_rows(
         (processes(tiny_bundle, 2), 3),
     ]:
         with pool:
-            ids, codes, bad = collect(batches(pool, iter(found(pictures)), size))
+            ids, codes, bad = collect(batches(pool, iter(found(images)), size))
         assert (ids, codes) == expected
         assert [name for name, _ in bad] == ["05.png"]
 
 
 @pytest.mark.slow
-def test_a_program_gets_the_codes_of_a_folder_as_a_stream(
-    tiny_bundle: Path, pictures: Path
-) -> None:
-    ids, codes, bad = collect(stream(tiny_bundle, [pictures], device="cpu", exclude=["1*"]))
+def test_a_program_gets_the_codes_of_a_folder_as_a_stream(tiny_bundle: Path, images: Path) -> None:
+    ids, codes, bad = collect(stream(tiny_bundle, [images], device="cpu", exclude=["1*"]))
     assert ids == [f"{number:02}.png" for number in range(40) if number // 10 != 1]
-    expected = Encoder.open(tiny_bundle, device="cpu").encode([pictures / name for name in ids])
+    expected = Encoder.open(tiny_bundle, device="cpu").encode([images / name for name in ids])
     assert codes == expected.toarray().tobytes()
     assert not bad
 
@@ -222,11 +220,11 @@ def test_workers_start_together_when_there_is_work_for_them(tiny_bundle: Path) -
 
 @pytest.mark.slow
 def test_a_stream_gives_the_same_in_threads_and_in_processes(
-    tiny_bundle: Path, pictures: Path
+    tiny_bundle: Path, images: Path
 ) -> None:
     options = EncodeOptions(tau=0.3)
-    given = collect(stream(tiny_bundle, [pictures], options, exclude=["1*"], workers=0))
-    assert given == collect(stream(tiny_bundle, [pictures], options, exclude=["1*"], device="cpu"))
+    given = collect(stream(tiny_bundle, [images], options, exclude=["1*"], workers=0))
+    assert given == collect(stream(tiny_bundle, [images], options, exclude=["1*"], device="cpu"))
     assert given[0]
 
 
@@ -239,9 +237,9 @@ def test_a_stream_says_what_is_wrong_with_its_first_batch(
 
 @pytest.mark.slow
 def test_a_worker_that_is_killed_costs_the_image_at_fault_and_nothing_else(
-    tiny_bundle: Path, pictures: Path, hostile: ModuleType
+    tiny_bundle: Path, images: Path, hostile: ModuleType
 ) -> None:
-    sources = found(pictures)
+    sources = found(images)
     with processes(tiny_bundle) as pool:
         undisturbed = collect(batches(pool, iter(sources), 4))
         sources.insert(9, hostile.Killer("killer.png"))
@@ -252,10 +250,10 @@ def test_a_worker_that_is_killed_costs_the_image_at_fault_and_nothing_else(
 
 @pytest.mark.slow
 def test_a_worker_that_dies_for_another_reason_costs_nothing(
-    tiny_bundle: Path, pictures: Path, hostile: ModuleType, tmp_path: Path
+    tiny_bundle: Path, images: Path, hostile: ModuleType, tmp_path: Path
 ) -> None:
-    sources = found(pictures)[:6]
-    path = str(pictures / "39.png")
+    sources = found(images)[:6]
+    path = str(images / "39.png")
     sources.insert(2, hostile.OnceKiller("again.png", str(tmp_path / "mark"), path))
     with processes(tiny_bundle, 1) as pool:
         ids, _, bad = collect(batches(pool, iter(sources), 7))
@@ -265,11 +263,11 @@ def test_a_worker_that_dies_for_another_reason_costs_nothing(
 
 @pytest.mark.slow
 def test_an_image_that_was_alone_when_its_worker_was_killed_is_tried_once_more(
-    tiny_bundle: Path, pictures: Path, hostile: ModuleType, tmp_path: Path
+    tiny_bundle: Path, images: Path, hostile: ModuleType, tmp_path: Path
 ) -> None:
     (tmp_path / "marks").mkdir()
-    sources = found(pictures)[:4]
-    path = str(pictures / "39.png")
+    sources = found(images)[:4]
+    path = str(images / "39.png")
     sources.insert(2, hostile.TwiceKiller("again.png", str(tmp_path / "marks"), path))
     with processes(tiny_bundle, 1) as pool:
         ids, _, bad = collect(batches(pool, iter(sources), 5))
@@ -280,9 +278,9 @@ def test_an_image_that_was_alone_when_its_worker_was_killed_is_tried_once_more(
 
 @pytest.mark.slow
 def test_a_worker_that_hangs_on_an_image_is_ended_and_the_image_left_out(
-    tiny_bundle: Path, pictures: Path, hostile: ModuleType
+    tiny_bundle: Path, images: Path, hostile: ModuleType
 ) -> None:
-    sources = found(pictures)[:5]
+    sources = found(images)[:5]
     sources.insert(3, hostile.Sleeper("endless.png"))
     with processes(tiny_bundle, 1, image_limit_s=0.3) as pool:
         ids, _, bad = collect(batches(pool, iter(sources), None))
@@ -292,12 +290,12 @@ def test_a_worker_that_hangs_on_an_image_is_ended_and_the_image_left_out(
 
 @pytest.mark.slow
 def test_a_model_that_cannot_be_opened_is_the_callers_error(
-    tiny_bundle: Path, pictures: Path
+    tiny_bundle: Path, images: Path
 ) -> None:
     pool = processes(tiny_bundle)
     (tiny_bundle / "encoder.onnx").write_bytes(b"changed")
     with pool, pytest.raises(BundleError, match=r"encoder\.onnx: changed since it was exported"):
-        collect(batches(pool, iter(found(pictures)), None))
+        collect(batches(pool, iter(found(images)), None))
 
 
 def test_a_machine_that_fails_ends_the_run_and_is_not_taken_for_a_bad_image(
@@ -308,10 +306,10 @@ def test_a_machine_that_fails_ends_the_run_and_is_not_taken_for_a_bad_image(
 
 
 def test_a_row_that_the_model_fails_on_is_left_out_alone(
-    fake_encoder: Encoder, picture_folder: Path, monkeypatch: pytest.MonkeyPatch
+    fake_encoder: Encoder, image_folder: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    sources = found(picture_folder)
-    marked = np.asarray(Image.open(picture_folder / "03.png"))
+    sources = found(image_folder)
+    marked = np.asarray(Image.open(image_folder / "03.png"))
     real = Encoder.encode_counted
 
     def encode_counted(self: Encoder, rows: Any, options: EncodeOptions = PLAIN) -> Any:
@@ -329,7 +327,7 @@ def test_a_row_that_the_model_fails_on_is_left_out_alone(
 
 
 def test_sources_are_taken_only_a_little_ahead_of_the_codes(
-    fake_encoder: Encoder, picture_folder: Path
+    fake_encoder: Encoder, image_folder: Path
 ) -> None:
     taken = 0
 
@@ -337,7 +335,7 @@ def test_sources_are_taken_only_a_little_ahead_of_the_codes(
         nonlocal taken
         while True:
             taken += 1
-            yield found(picture_folder)[0]
+            yield found(image_folder)[0]
 
     with threads(fake_encoder, 1) as pool:
         results = batches(pool, endless(), 1)
@@ -348,10 +346,10 @@ def test_sources_are_taken_only_a_little_ahead_of_the_codes(
 
 
 def test_an_interrupt_while_resuming_keeps_the_shards_of_the_run_before(
-    fake_encoder: Encoder, picture_folder: Path, tmp_path: Path
+    fake_encoder: Encoder, image_folder: Path, tmp_path: Path
 ) -> None:
     out = tmp_path / "codes.npz"
-    sources = found(picture_folder)
+    sources = found(image_folder)
     fields: dict[str, Any] = {"shard_rows": 3, "batch_size": 1}
 
     def stopped(place: int) -> Iterator[Source]:
@@ -376,14 +374,14 @@ def test_a_run_that_ends_before_its_first_shard_leaves_no_folder(
 
 
 @pytest.mark.slow
-def test_processes_take_only_a_few_chunks_ahead_too(tiny_bundle: Path, pictures: Path) -> None:
+def test_processes_take_only_a_few_chunks_ahead_too(tiny_bundle: Path, images: Path) -> None:
     taken = 0
 
     def endless() -> Iterator[Source]:
         nonlocal taken
         while True:
             taken += 1
-            yield found(pictures)[0]
+            yield found(images)[0]
 
     with processes(tiny_bundle, 2) as pool:
         results = batches(pool, endless(), 1)
@@ -393,14 +391,14 @@ def test_processes_take_only_a_few_chunks_ahead_too(tiny_bundle: Path, pictures:
 
 
 def test_an_interrupted_run_keeps_its_shards_and_goes_on_to_the_same_bytes(
-    fake_encoder: Encoder, picture_folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    fake_encoder: Encoder, image_folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    (picture_folder / "04.png").write_bytes(b"")
+    (image_folder / "04.png").write_bytes(b"")
     whole, out = tmp_path / "whole.npz", tmp_path / "codes.npz"
-    run_in_threads(fake_encoder, iter(found(picture_folder)), whole)
+    run_in_threads(fake_encoder, iter(found(image_folder)), whole)
 
     def stopped() -> Iterator[Source]:
-        for number, source in enumerate(found(picture_folder)):
+        for number, source in enumerate(found(image_folder)):
             if number == 9:
                 raise KeyboardInterrupt
             yield source
@@ -420,7 +418,7 @@ def test_an_interrupted_run_keeps_its_shards_and_goes_on_to_the_same_bytes(
             real(self, reading, position, source),
         ),
     )
-    outcome = run_in_threads(fake_encoder, iter(found(picture_folder)), out, **fields)
+    outcome = run_in_threads(fake_encoder, iter(found(image_folder)), out, **fields)
     has_failed = finished > 1  # 04.png is in the second shard, and is tried again
     assert outcome.resumed == 3 * finished - has_failed > 0
     assert len(read) == 12 - 3 * finished + has_failed
@@ -430,32 +428,32 @@ def test_an_interrupted_run_keeps_its_shards_and_goes_on_to_the_same_bytes(
 
 
 def test_a_shard_whose_files_have_changed_is_made_again(
-    fake_encoder: Encoder, picture_folder: Path, tmp_path: Path
+    fake_encoder: Encoder, image_folder: Path, tmp_path: Path
 ) -> None:
     out = tmp_path / "codes.npz"
 
     def stopped() -> Iterator[Source]:
-        yield from found(picture_folder)[:10]
+        yield from found(image_folder)[:10]
         raise KeyboardInterrupt
 
     fields: dict[str, Any] = {"shard_rows": 4, "batch_size": 1}
     with pytest.raises(Interrupted):
         run_in_threads(fake_encoder, stopped(), out, **fields)
-    Image.fromarray(np.zeros((8, 8), np.uint8)).save(picture_folder / "01.png")
-    outcome = run_in_threads(fake_encoder, iter(found(picture_folder)), out, **fields)
+    Image.fromarray(np.zeros((8, 8), np.uint8)).save(image_folder / "01.png")
+    outcome = run_in_threads(fake_encoder, iter(found(image_folder)), out, **fields)
     assert outcome.resumed == 0
     again = tmp_path / "again.npz"
-    run_in_threads(fake_encoder, iter(found(picture_folder)), again)
+    run_in_threads(fake_encoder, iter(found(image_folder)), again)
     assert out.read_bytes() == again.read_bytes()
 
 
 def test_a_run_with_other_options_discards_the_shards_and_says_so(
-    fake_encoder: Encoder, picture_folder: Path, tmp_path: Path
+    fake_encoder: Encoder, image_folder: Path, tmp_path: Path
 ) -> None:
     out = tmp_path / "codes.npz"
 
     def stopped() -> Iterator[Source]:
-        yield from found(picture_folder)[:10]
+        yield from found(image_folder)[:10]
         raise KeyboardInterrupt
 
     with pytest.raises(Interrupted):
@@ -467,7 +465,7 @@ def test_a_run_with_other_options_discards_the_shards_and_says_so(
         outcome = run_job(
             again,
             pool,
-            iter(found(picture_folder)),
+            iter(found(image_folder)),
             16,
             say=lambda label, text: said.append(text),
         )
@@ -491,19 +489,19 @@ def test_no_readable_image_at_all_is_an_error_with_the_first_reason(
 
 
 def test_the_example_is_a_row_with_active_latents(
-    fake_encoder: Encoder, picture_folder: Path, tmp_path: Path
+    fake_encoder: Encoder, image_folder: Path, tmp_path: Path
 ) -> None:
     for name, size in (("00.png", 8), ("0 1.png", 8)):
-        Image.fromarray(np.full((size, size), 128, np.uint8)).save(picture_folder / name)
+        Image.fromarray(np.full((size, size), 128, np.uint8)).save(image_folder / name)
     out = tmp_path / "codes.npz"
-    outcome = run_in_threads(fake_encoder, iter(found(picture_folder)), out)
+    outcome = run_in_threads(fake_encoder, iter(found(image_folder)), out)
     codes, ids, *_ = read_codes(out)
     assert codes[[0]].nnz == codes[[1]].nnz == 0
     assert outcome.example == ids[int(np.flatnonzero(np.diff(codes.indptr))[0])]
 
 
 def test_the_codes_of_a_link_are_written_where_it_leads_to(
-    fake_encoder: Encoder, picture_folder: Path, tmp_path: Path
+    fake_encoder: Encoder, image_folder: Path, tmp_path: Path
 ) -> None:
     other = tmp_path / "another disk"
     other.mkdir()
@@ -511,42 +509,42 @@ def test_the_codes_of_a_link_are_written_where_it_leads_to(
         (tmp_path / name).symlink_to(other / name)
         store = ShardStore(tmp_path / name)
         assert store.folder == other / f"{name}.parts"
-        run_in_threads(fake_encoder, iter(found(picture_folder)), tmp_path / name)
+        run_in_threads(fake_encoder, iter(found(image_folder)), tmp_path / name)
         assert (tmp_path / name).is_symlink()
         assert len(read_codes(other / name).ids) == 12
 
 
-def test_a_task_travels_with_the_root_of_its_files(picture_folder: Path) -> None:
-    sources = found(picture_folder)
+def test_a_task_travels_with_the_root_of_its_files(image_folder: Path) -> None:
+    sources = found(image_folder)
     packed = _pack(Task(1, 2, sources))
     assert isinstance(packed, PathTask)
     root = packed.unpack().sources[0].root  # type: ignore[attr-defined]  # files have one
-    assert root == find_root(f"{picture_folder}/")
-    others = [FileSource("a", "a", find_root(str(picture_folder.parent)))]
+    assert root == find_root(f"{image_folder}/")
+    others = [FileSource("a", "a", find_root(str(image_folder.parent)))]
     assert isinstance(_pack(Task(1, 2, [*sources, *others])), Task)
 
 
 def test_the_list_of_an_earlier_run_is_removed_when_every_file_can_be_read(
-    fake_encoder: Encoder, picture_folder: Path, tmp_path: Path
+    fake_encoder: Encoder, image_folder: Path, tmp_path: Path
 ) -> None:
     out = tmp_path / "codes.npz"
     errors_path(out).write_text('{"id": "a", "reason": "b"}\n')
-    run_in_threads(fake_encoder, iter(found(picture_folder)), out)
+    run_in_threads(fake_encoder, iter(found(image_folder)), out)
     assert not errors_path(out).exists()
 
 
 def test_on_error_fail_stops_at_the_first_bad_file_and_names_it(
-    fake_encoder: Encoder, picture_folder: Path, tmp_path: Path
+    fake_encoder: Encoder, image_folder: Path, tmp_path: Path
 ) -> None:
-    (picture_folder / "07.png").write_bytes(b"text")
+    (image_folder / "07.png").write_bytes(b"text")
     out = tmp_path / "codes.npz"
     with pytest.raises(InputError, match=r"07\.png: not an image"):
-        run_in_threads(fake_encoder, iter(found(picture_folder)), out, on_error="fail")
+        run_in_threads(fake_encoder, iter(found(image_folder)), out, on_error="fail")
     assert not out.exists()
 
 
-def test_progress_counts_every_file(fake_encoder: Encoder, picture_folder: Path) -> None:
-    (picture_folder / "zz.jpg").write_text("text")
+def test_progress_counts_every_file(fake_encoder: Encoder, image_folder: Path) -> None:
+    (image_folder / "zz.jpg").write_text("text")
     seen: list[int] = []
 
     class Report:
@@ -556,9 +554,9 @@ def test_progress_counts_every_file(fake_encoder: Encoder, picture_folder: Path)
         def expect(self, total: int) -> None:
             raise AssertionError
 
-    out = picture_folder.parent / "codes.npz"
+    out = image_folder.parent / "codes.npz"
     with threads(fake_encoder) as pool, ShardStore(out).locked():
-        run_job(job(out), pool, iter(found(picture_folder)), 16, report=Report())
+        run_job(job(out), pool, iter(found(image_folder)), 16, report=Report())
     assert seen[-1] == 13
 
 
@@ -643,15 +641,15 @@ def flaky_sources(folder: Path, places: Sequence[int], error: Exception) -> list
 @pytest.mark.parametrize("batch_size", [1, 2, None])
 def test_failures_are_tried_again_and_only_successes_are_reused(
     fake_encoder: Encoder,
-    picture_folder: Path,
+    image_folder: Path,
     tmp_path: Path,
     shard_rows: int,
     batch_size: int | None,
 ) -> None:
     whole, out = tmp_path / "whole.npz", tmp_path / "codes.npz"
-    run_in_threads(fake_encoder, iter(found(picture_folder)), whole)
+    run_in_threads(fake_encoder, iter(found(image_folder)), whole)
     error = InputError("needs pillow-heif", kind="package missing")
-    sources = flaky_sources(picture_folder, [0, 4, 5, 11], error)
+    sources = flaky_sources(image_folder, [0, 4, 5, 11], error)
     fields: dict[str, Any] = {"shard_rows": shard_rows, "batch_size": batch_size, "is_strict": True}
     with pytest.raises(InputError, match="`is_strict`: 4 of 12 inputs cannot be read"):
         run_in_threads(fake_encoder, iter(sources), out, **fields)
@@ -672,10 +670,10 @@ def test_failures_are_tried_again_and_only_successes_are_reused(
 
 
 def test_a_shard_of_failures_alone_gains_its_rows(
-    fake_encoder: Encoder, picture_folder: Path, tmp_path: Path
+    fake_encoder: Encoder, image_folder: Path, tmp_path: Path
 ) -> None:
     out, options = tmp_path / "codes.npz", EncodeOptions(uncertainty=False)
-    sources = flaky_sources(picture_folder, [3, 4, 5], InputError("no", kind="broken"))
+    sources = flaky_sources(image_folder, [3, 4, 5], InputError("no", kind="broken"))
     fields: dict[str, Any] = {"shard_rows": 3, "is_strict": True}
     with pytest.raises(InputError, match="3 of 12"):
         run_in_threads(fake_encoder, iter(sources), out, **fields)
@@ -683,19 +681,19 @@ def test_a_shard_of_failures_alone_gains_its_rows(
         sources[place].error = None
     outcome = run_in_threads(fake_encoder, iter(sources), out, **fields)
     assert outcome.statistics.images == 12
-    pixels = np.stack([np.asarray(Image.open(picture_folder / one.id)) for one in sources])
+    pixels = np.stack([np.asarray(Image.open(image_folder / one.id)) for one in sources])
     expected = fake_encoder.encode_rows(pixels[..., None], options).codes
     assert read_codes(out).codes.toarray().tobytes() == expected.toarray().tobytes()
 
 
 def test_a_source_that_goes_away_stops_the_run_which_can_resume(
-    fake_encoder: Encoder, picture_folder: Path, tmp_path: Path
+    fake_encoder: Encoder, image_folder: Path, tmp_path: Path
 ) -> None:
     whole, out = tmp_path / "whole.npz", tmp_path / "codes.npz"
-    run_in_threads(fake_encoder, iter(found(picture_folder)), whole)
+    run_in_threads(fake_encoder, iter(found(image_folder)), whole)
     out.write_bytes(b"earlier codes")
     error = SourceUnavailable("07.png: 503 Service Unavailable.")
-    sources = flaky_sources(picture_folder, [7], error)
+    sources = flaky_sources(image_folder, [7], error)
     fields: dict[str, Any] = {"shard_rows": 3, "batch_size": 1}
     with pytest.raises(SourceUnavailable) as stopped:
         run_in_threads(fake_encoder, iter(sources), out, **fields)
@@ -715,9 +713,9 @@ def test_a_source_that_goes_away_stops_the_run_which_can_resume(
 
 @pytest.mark.slow
 def test_a_source_that_goes_away_stops_processes_too(
-    tiny_bundle: Path, pictures: Path, hostile: ModuleType
+    tiny_bundle: Path, images: Path, hostile: ModuleType
 ) -> None:
-    sources = found(pictures)
+    sources = found(images)
     sources.insert(20, hostile.Gone("gone.png"))
     with (
         processes(tiny_bundle) as pool,
@@ -728,18 +726,18 @@ def test_a_source_that_goes_away_stops_processes_too(
 
 @pytest.mark.slow
 def test_workers_take_a_path_object_in_the_import_path(
-    tiny_bundle: Path, pictures: Path, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+    tiny_bundle: Path, images: Path, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
 ) -> None:
     monkeypatch.setattr(sys, "path", [*sys.path, tmp_path / "it's"])
     with processes(tiny_bundle, 1) as pool:
-        assert len(collect(batches(pool, iter(found(pictures)), None))[0]) == 40
+        assert len(collect(batches(pool, iter(found(images)), None))[0]) == 40
 
 
 def test_an_image_over_the_limit_of_pixels_is_rejected_and_the_limit_can_be_raised(
-    fake_encoder: Encoder, picture_folder: Path
+    fake_encoder: Encoder, image_folder: Path
 ) -> None:
-    Image.new("L", (50, 50)).save(picture_folder / "large.png")
-    sources = found(picture_folder)
+    Image.new("L", (50, 50)).save(image_folder / "large.png")
+    sources = found(image_folder)
     for limit, count in ((64, 12), (2500, 13)):
         read = ReadOptions(max_pixels=limit)
         with ThreadExecutor(EncodeWorker(fake_encoder, PLAIN, read), 1) as pool:

@@ -35,21 +35,21 @@ def show(unit: str) -> AbstractContextManager[Progress]:
 
 
 @pytest.fixture
-def pictures(pictures: Path) -> Path:
-    """Forty grey 4x4 pictures, one of them broken."""
-    (pictures / "09.png").write_bytes(b"")
-    return pictures
+def images(images: Path) -> Path:
+    """Forty grey 4x4 images, one of them broken."""
+    (images / "09.png").write_bytes(b"")
+    return images
 
 
 class Runs:
     """Encodes a folder, in threads."""
 
-    def __init__(self, bundle: Path, pictures: Path) -> None:
-        self.bundle, self.pictures = bundle, pictures
+    def __init__(self, bundle: Path, images: Path) -> None:
+        self.bundle, self.images = bundle, images
         self.said: list[str] = []
 
     def job(self, out: Path, **fields: Any) -> Job:
-        given = {"inputs": [str(self.pictures)], "shard_rows": 15} | fields
+        given = {"inputs": [str(self.images)], "shard_rows": 15} | fields
         how = ExecutorOptions(device="cpu", workers=0)
         return Job(out=out, model=self.bundle, executor=how, **given)
 
@@ -64,12 +64,12 @@ class Runs:
 
 
 @pytest.fixture
-def run(tiny_bundle: Path, pictures: Path) -> Runs:
-    return Runs(tiny_bundle, pictures)
+def run(tiny_bundle: Path, images: Path) -> Runs:
+    return Runs(tiny_bundle, images)
 
 
 def change(folder: Path) -> None:
-    """Remove, rename, change and add a picture."""
+    """Remove, rename, change and add an image."""
     (folder / "03.png").unlink()
     (folder / "07.png").rename(folder / "moved.png")
     Image.fromarray(np.full((4, 4), 77, np.uint8)).save(folder / "11.png")
@@ -87,7 +87,7 @@ def test_update_encodes_only_new_and_changed_files_and_drops_what_is_gone(
     assert run.said[-1].endswith("is not there yet")
     second = run(out, **options)
     assert (second.statistics.images, second.statistics.fresh, second.rejected) == (39, 0, 1)
-    change(run.pictures)
+    change(run.images)
     third = run(out, **options)
     assert (third.statistics.images, third.statistics.fresh) == (39, 2)
     run(fresh, **options)
@@ -172,7 +172,7 @@ def test_the_size_of_shards_does_not_change_the_bytes(run: Runs, tmp_path: Path)
     assert len(files) == 1
 
 
-def test_an_array_goes_the_same_way_as_its_pictures(run: Runs, tmp_path: Path) -> None:
+def test_an_array_goes_the_same_way_as_its_images(run: Runs, tmp_path: Path) -> None:
     pixels = np.random.default_rng(0).integers(0, 256, (37, 4, 4), np.uint8)
     np.save(tmp_path / "images.npy", pixels)
     run(tmp_path / "codes.npz", inputs=[str(tmp_path / "images.npy")], shard_rows=10)
@@ -289,11 +289,11 @@ def test_another_run_that_finished_first_is_not_overwritten(
 
 
 def test_an_input_is_never_the_output(run: Runs, tmp_path: Path) -> None:
-    before = sorted(path.name for path in run.pictures.iterdir())
-    for out in (run.pictures, run.bundle):
+    before = sorted(path.name for path in run.images.iterdir())
+    for out in (run.images, run.bundle):
         with pytest.raises(UsageError, match=r"holds the input|not a folder of codes"):
             run(out, force=True)
-    assert sorted(path.name for path in run.pictures.iterdir()) == before
+    assert sorted(path.name for path in run.images.iterdir()) == before
 
 
 def test_a_neighbour_that_is_no_list_of_ours_is_kept(run: Runs, tmp_path: Path) -> None:
@@ -327,7 +327,7 @@ def test_an_output_of_unknown_kind_is_refused(run: Runs, tmp_path: Path) -> None
 
 
 def test_a_plan_counts_and_writes_nothing(run: Runs, tmp_path: Path) -> None:
-    (run.pictures / "notes.txt").write_text("x")
+    (run.images / "notes.txt").write_text("x")
     out = tmp_path / "codes.npz"
     scan, finished, _ = plan(run.job(out))
     assert (scan.sources, sum(scan.skipped.values()), finished) == (40, 1, 0)

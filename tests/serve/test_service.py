@@ -145,24 +145,24 @@ def limited(encoder: Encoder, **limits: int) -> AppClient:
 )
 def test_npz_answer_is_what_the_encoder_itself_gives(client, fake_encoder, seeds, tau):
     ids = [f"größe {row}/{seed}.png" for row, seed in enumerate(seeds)]
-    pictures = [png(seed) for seed in seeds]
+    images = [png(seed) for seed in seeds]
     answer = client.post(
         "/v1/encode",
         params={} if tau is None else {"tau": tau},
-        files=file_parts(*zip(ids, pictures, strict=True)),
+        files=file_parts(*zip(ids, images, strict=True)),
         headers={"Accept": NPZ},
     )
-    codes = fake_encoder.encode(pictures, tau=tau)
+    codes = fake_encoder.encode(images, tau=tau)
     assert answer.status_code == 200
     assert answer.headers["content-type"] == NPZ
     assert answer.content == codes_to_bytes(codes, ids, fake_encoder.provenance(tau=tau))
 
 
 def test_json_answer_holds_the_same_codes_with_their_provenance(client, fake_encoder):
-    pictures = [png(seed) for seed in range(3)]
-    parts = file_parts(*((f"{row}.png", picture) for row, picture in enumerate(pictures)))
+    images = [png(seed) for seed in range(3)]
+    parts = file_parts(*((f"{row}.png", image) for row, image in enumerate(images)))
     answer = client.post("/v1/encode", files=parts, params={"tau": 0.3})
-    codes = fake_encoder.encode(pictures, tau=0.3)
+    codes = fake_encoder.encode(images, tau=0.3)
     found = answer.json()
     assert answer.headers["content-type"] == JSON
     assert found["latent_dim"] == 16
@@ -176,7 +176,7 @@ def test_json_answer_holds_the_same_codes_with_their_provenance(client, fake_enc
 
 
 @pytest.mark.parametrize("media_type", [PNG, "image/whatever", "application/octet-stream", None])
-def test_a_raw_body_is_one_picture(client, fake_encoder, media_type):
+def test_a_raw_body_is_one_image(client, fake_encoder, media_type):
     headers = {"Content-Type": media_type} if media_type else {}
     answer = client.post("/v1/encode", content=png(5), headers=headers)
     expected = fake_encoder.encode([png(5)])
@@ -203,7 +203,7 @@ def test_a_part_without_a_filename_in_its_header_takes_the_name_of_its_field(cli
     assert [row["id"] for row in answer.json()["rows"]] == ["cat"]
 
 
-def test_a_picture_without_active_latents_keeps_its_row(client):
+def test_an_image_without_active_latents_keeps_its_row(client):
     answer = client.post("/v1/encode", content=png(5), params={"tau": 0.9999999})
     assert answer.json()["rows"] == [{"id": "image", "indices": [], "values": []}]
 
@@ -226,7 +226,7 @@ def test_vectors_without_ids_are_numbered(vector_client):
 # One bad input among good ones
 
 
-def test_a_bad_picture_gets_an_error_entry_and_the_others_their_rows(client, fake_encoder):
+def test_a_bad_image_gets_an_error_entry_and_the_others_their_rows(client, fake_encoder):
     parts = file_parts(("a", png(0)), ("b", b"GIF, not"), ("c", b""), ("d", png(3)))
     found = client.post("/v1/encode", files=parts).json()
     assert [row["id"] for row in found["rows"]] == ["a", "d"]
@@ -237,8 +237,8 @@ def test_a_bad_picture_gets_an_error_entry_and_the_others_their_rows(client, fak
     assert [row["indices"] for row in found["rows"]] == [row.indices.tolist() for row in expected]
 
 
-def test_npz_answer_lists_bad_pictures_in_headers(client, fake_encoder, tmp_path):
-    parts = file_parts(("a", png(0)), ("ö", b"no\r\npicture"), ("d", png(3)))
+def test_npz_answer_lists_bad_images_in_headers(client, fake_encoder, tmp_path):
+    parts = file_parts(("a", png(0)), ("ö", b"no\r\nimage"), ("d", png(3)))
     answer = client.post("/v1/encode", files=parts, headers={"Accept": NPZ})
     (error,) = json.loads(answer.headers["x-vsc-errors"])
     assert answer.headers["x-vsc-error-count"] == "1"
@@ -248,7 +248,7 @@ def test_npz_answer_lists_bad_pictures_in_headers(client, fake_encoder, tmp_path
     assert read_codes(tmp_path / "codes.npz").ids == ["a", "d"]
 
 
-def test_many_bad_pictures_do_not_overflow_the_header(client):
+def test_many_bad_images_do_not_overflow_the_header(client):
     parts = file_parts(("good", png(0)), *((f"{row}{'x' * 50}", b"bad") for row in range(500)))
     answer = client.post("/v1/encode", files=parts, headers={"Accept": NPZ})
     listed = json.loads(answer.headers["x-vsc-errors"])
@@ -284,7 +284,7 @@ def assert_refused(answer: httpx.Response, status: int, *words: str) -> None:
         assert word in answer.json()["error"]
 
 
-def test_no_usable_picture_at_all_is_refused_with_every_reason(client):
+def test_no_usable_image_at_all_is_refused_with_every_reason(client):
     parts = file_parts(("a", b"bad"), ("b", b""))
     answer = client.post("/v1/encode", files=parts, headers={"Accept": NPZ})
     assert_refused(answer, 422, "no usable input: a: not an image", "(and 1 more)")
@@ -299,7 +299,7 @@ def test_no_usable_picture_at_all_is_refused_with_every_reason(client):
         {"content": b"--x--\r\n", "headers": {"Content-Type": "multipart/form-data; boundary=x"}},
     ],
 )
-def test_a_request_without_a_picture_is_refused(client, request_):
+def test_a_request_without_an_image_is_refused(client, request_):
     assert_refused(client.post("/v1/encode", **request_), 400, "empty")
 
 
@@ -348,7 +348,7 @@ def test_a_service_works_in_as_many_threads_as_the_container_allows(monkeypatch)
     assert Limits().workers == 1
 
 
-def test_a_picture_sent_to_a_model_of_vectors_is_refused(vector_client):
+def test_an_image_sent_to_a_model_of_vectors_is_refused(vector_client):
     raw = vector_client.post("/v1/encode", content=png(1), headers={"Content-Type": PNG})
     assert_refused(raw, 415, "embeds", "vectors of length 64", JSON)
     assert_refused(vector_client.post("/v1/encode", files=file_parts(("a", png(1)))), 415)
@@ -420,7 +420,7 @@ def test_a_body_over_the_limit_is_refused_from_its_length(fake_encoder):
         assert client.post("/v1/encode", content=b"x" * 1000).status_code == 422
 
 
-def test_a_large_picture_needs_no_disk(client, monkeypatch, tmp_path):
+def test_a_large_image_needs_no_disk(client, monkeypatch, tmp_path):
     monkeypatch.setattr("tempfile.tempdir", str(tmp_path / "missing"))
     large = png(0, (1200, 1200))
     assert len(large) > 2**20
@@ -454,7 +454,7 @@ def test_too_many_inputs_are_refused(fake_encoder, vector_encoder):
         assert_refused(answer, 413, "more than 2 inputs")
 
 
-def test_a_picture_over_the_pixel_limit_is_refused_before_it_is_decoded(fake_encoder):
+def test_an_image_over_the_pixel_limit_is_refused_before_it_is_decoded(fake_encoder):
     truncated = png(0, (100, 100))[:200]  # its header is whole, its pixels are not
     with limited(fake_encoder, max_pixels=9999) as client:
         answer = client.post("/v1/encode", content=truncated)

@@ -1,4 +1,4 @@
-"""Pictures in tar and zip archives."""
+"""Images in tar and zip archives."""
 
 import bz2
 import errno
@@ -89,7 +89,7 @@ def reason(source: Source) -> str:
 
 
 @pytest.mark.parametrize("ending", TAR_KINDS)
-def test_a_tar_gives_its_pictures_in_its_order(ending, tmp_path):
+def test_a_tar_gives_its_images_in_its_order(ending, tmp_path):
     path = write_tar(tmp_path / f"shard{ending}", mode=TAR_KINDS[ending])
     assert contents(path) == MEMBERS
     assert list(contents(path)) == list(MEMBERS)
@@ -169,7 +169,7 @@ def test_a_webdataset_of_shards_is_a_folder_pattern_or_several_archives(tmp_path
         contents("set", ids="name")
 
 
-def test_archives_beside_pictures_are_not_opened_but_counted(tmp_path):
+def test_archives_beside_images_are_not_opened_but_counted(tmp_path):
     write_zip(tmp_path / "originals.zip")
     (tmp_path / "a.png").write_bytes(b"a")
     passed: dict[str, str] = {}
@@ -252,7 +252,7 @@ def test_a_zstd_archive_without_its_package_says_what_to_install(tmp_path, monke
 
 
 @pytest.mark.parametrize("method", [zipfile.ZIP_STORED, zipfile.ZIP_DEFLATED, zipfile.ZIP_BZIP2])
-def test_a_zip_gives_its_pictures_in_its_order(method, tmp_path):
+def test_a_zip_gives_its_images_in_its_order(method, tmp_path):
     path = write_zip(tmp_path / "a.ZIP", method=method)
     assert contents(path) == MEMBERS
     assert list(contents(path)) == list(MEMBERS)
@@ -346,7 +346,7 @@ def test_damaged_archives_give_sources_or_reasons_and_nothing_else(ending, tmp_p
 
 
 @pytest.mark.parametrize("ending", [".zip", ".tar"])
-def test_an_exhausted_machine_is_no_fault_of_the_picture(ending, tmp_path, monkeypatch):
+def test_an_exhausted_machine_is_no_fault_of_the_image(ending, tmp_path, monkeypatch):
     path = (write_zip if ending == ".zip" else write_tar)(tmp_path / f"a{ending}")
     source = next(find_sources([str(path)]))
 
@@ -395,7 +395,7 @@ def test_an_archive_of_another_kind_says_what_it_is(head, kind, tmp_path):
 def test_a_compressed_file_without_an_archive_in_it_says_so(tmp_path):
     import gzip
 
-    (tmp_path / "a.tar").write_bytes(gzip.compress(b"a single picture" * 99))
+    (tmp_path / "a.tar").write_bytes(gzip.compress(b"a single image" * 99))
     (source,) = find_sources([str(tmp_path / "a.tar")])
     assert reason(source).startswith("broken archive, the rest is lost: ")
     assert reason(source).endswith("(inside gzip)")

@@ -73,7 +73,7 @@ def test_hidden_names_are_matched_when_the_pattern_says_so(here):
     assert ids(".h/*.jpg") == [".h/c.jpg"]
 
 
-def test_a_pattern_that_names_an_ending_takes_any_and_one_that_does_not_takes_pictures(here):
+def test_a_pattern_that_names_an_ending_takes_any_and_one_that_does_not_takes_images(here):
     fill(here, "a.dat", "b.jpg")
     assert ids("*") == ["b.jpg"]
     assert ids("*.dat") == ["a.dat"]
@@ -108,7 +108,7 @@ def test_a_list_between_zero_bytes_may_have_newlines_in_names(here, monkeypatch)
     assert ids("-") == [name, "b.jpg"]
 
 
-def test_a_name_on_a_list_that_is_not_there_is_a_row_without_a_picture(here, monkeypatch):
+def test_a_name_on_a_list_that_is_not_there_is_a_row_without_an_image(here, monkeypatch):
     fill(here, "b.jpg")
     give_list(monkeypatch, b"gone.jpg\nb.jpg\n" + b"caf\xe9.jpg\n")
     gone, there, undecodable = find_sources(["-"])
@@ -183,7 +183,7 @@ def test_ids_are_the_path_inside_the_whole_path_or_the_name(here):
     assert ids("link", ids="absolute") == [f"{here}/link/in/a.jpg"]
 
 
-def test_two_pictures_with_one_name_are_refused_and_both_are_named(here):
+def test_two_images_with_one_name_are_refused_and_both_are_named(here):
     fill(here, "x/1.jpg", "y/1.jpg")
     with pytest.raises(UsageError, match=r"the id '1\.jpg'.*x/1\.jpg.*y/1\.jpg.*`ids=.relative.`"):
         ids(".", ids="name")

@@ -99,8 +99,8 @@ def test_files_that_are_no_images_and_hidden_and_junk_places_are_skipped(tmp_pat
     }
 
 
-def test_complaint_junk_folders_indexed_with_the_pictures(tmp_path):
-    """A phone backup on a network drive: previews and resource forks look like pictures."""
+def test_complaint_junk_folders_indexed_with_the_images(tmp_path):
+    """A phone backup on a network drive: previews and resource forks look like images."""
     fill(tmp_path, "DCIM/a.jpg", "DCIM/@eaDir/a.jpg/preview.jpg", "__MACOSX/DCIM/._a.jpg")
     fill(tmp_path, ".thumbnails/a.jpg", "$RECYCLE.BIN/$R1.jpg", "lost+found/b.jpg")
     assert ids(tmp_path) == ["DCIM/a.jpg"]
@@ -160,11 +160,11 @@ def test_a_link_to_a_hidden_or_excluded_place_is_followed(tmp_path):
 
 
 def test_a_linked_file_is_a_file(tmp_path):
-    fill(tmp_path, "store/1.png", "pictures/a.png")
-    (tmp_path / "pictures" / "b.png").symlink_to(tmp_path / "store" / "1.png")
-    assert ids(tmp_path / "pictures") == ["a.png", "b.png"]
-    (tmp_path / "pictures" / "c.png").symlink_to("gone.png")
-    *_, dangling = find_sources([str(tmp_path / "pictures")])
+    fill(tmp_path, "store/1.png", "images/a.png")
+    (tmp_path / "images" / "b.png").symlink_to(tmp_path / "store" / "1.png")
+    assert ids(tmp_path / "images") == ["a.png", "b.png"]
+    (tmp_path / "images" / "c.png").symlink_to("gone.png")
+    *_, dangling = find_sources([str(tmp_path / "images")])
     with pytest.raises(InputError, match=r"^no such file \(a link that leads nowhere\?\)$"):
         dangling.read()
 
@@ -172,16 +172,16 @@ def test_a_linked_file_is_a_file(tmp_path):
 # Names
 
 
-def test_a_folder_that_is_named_like_a_picture_is_a_folder(tmp_path):
+def test_a_folder_that_is_named_like_an_image_is_a_folder(tmp_path):
     fill(tmp_path, "trip.jpg/a.png")
     assert ids(tmp_path) == ["trip.jpg/a.png"]
 
 
 def test_a_file_named_on_its_own_keeps_its_path_and_needs_no_ending(tmp_path, monkeypatch):
-    monkeypatch.chdir(fill(tmp_path, "some/picture"))
-    (source,) = find_sources(["some/picture"])
-    assert source.id == "some/picture"
-    assert source.read() == b"some/picture"
+    monkeypatch.chdir(fill(tmp_path, "some/image"))
+    (source,) = find_sources(["some/image"])
+    assert source.id == "some/image"
+    assert source.read() == b"some/image"
 
 
 def test_the_folder_one_stands_in_can_be_given(tmp_path, monkeypatch):

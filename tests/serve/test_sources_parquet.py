@@ -1,4 +1,4 @@
-"""Pictures in a column of a Parquet file."""
+"""Images in a column of a Parquet file."""
 
 import sys
 from multiprocessing.reduction import ForkingPickler
@@ -13,7 +13,7 @@ from vsc_serve.sources import RetryPolicy, Source, find_sources
 pa = pytest.importorskip("pyarrow")
 pq = pytest.importorskip("pyarrow.parquet")
 
-PICTURES = [b"picture %d" % number * (number + 1) for number in range(100)]
+IMAGES = [b"image %d" % number * (number + 1) for number in range(100)]
 
 
 def write(path: Path, columns: dict[str, Any], *, row_group_size: int = 40) -> Path:
@@ -22,9 +22,9 @@ def write(path: Path, columns: dict[str, Any], *, row_group_size: int = 40) -> P
     return path
 
 
-def as_struct(pictures: list[bytes | None]) -> Any:
-    """The way Hugging Face datasets store pictures."""
-    rows = [{"bytes": picture, "path": picture and "x.png"} for picture in pictures]
+def as_struct(images: list[bytes | None]) -> Any:
+    """The way Hugging Face datasets store images."""
+    rows = [{"bytes": image, "path": image and "x.png"} for image in images]
     return pa.array(rows, pa.struct([("bytes", pa.binary()), ("path", pa.string())]))
 
 
@@ -48,32 +48,32 @@ def reason(path: Path) -> str:
 @pytest.mark.parametrize(
     "column",
     [
-        as_struct(PICTURES),
-        pa.array(PICTURES, pa.binary()),
-        pa.array(PICTURES, pa.large_binary()),
+        as_struct(IMAGES),
+        pa.array(IMAGES, pa.binary()),
+        pa.array(IMAGES, pa.large_binary()),
     ],
     ids=["struct", "binary", "large binary"],
 )
 def test_the_rows_are_called_by_their_numbers_and_read_in_any_order(column, tmp_path):
     path = write(tmp_path / "a.parquet", {"label": list(range(100)), "image": column})
-    expected = {str(number): picture for number, picture in enumerate(PICTURES)}
+    expected = {str(number): image for number, image in enumerate(IMAGES)}
     assert contents(path) == expected
     sources = list(find_sources([str(path)]))
     for place in (99, 3, 41, 40, 39, 39, 3, 80, 0, 33):
-        assert sources[place].read() == PICTURES[place]
+        assert sources[place].read() == IMAGES[place]
 
 
 @pytest.mark.parametrize("name", ["id", "image_id", "__key__", "key", "file_name", "filename"])
 def test_a_column_of_ids_calls_the_rows(name, tmp_path):
     names = [f"größe {number}" for number in range(100)]
-    path = write(tmp_path / "a.parquet", {name: names, "image": as_struct(PICTURES)})
-    assert contents(path) == dict(zip(names, PICTURES, strict=True))
-    path = write(tmp_path / "b.parquet", {name: range(100, 200), "image": as_struct(PICTURES)})
+    path = write(tmp_path / "a.parquet", {name: names, "image": as_struct(IMAGES)})
+    assert contents(path) == dict(zip(names, IMAGES, strict=True))
+    path = write(tmp_path / "b.parquet", {name: range(100, 200), "image": as_struct(IMAGES)})
     assert list(contents(path)) == [str(number) for number in range(100, 200)]
 
 
 def test_ids_that_are_there_twice_are_refused(tmp_path):
-    path = write(tmp_path / "a.parquet", {"id": ["a", "b", "a"], "image": PICTURES[:3]})
+    path = write(tmp_path / "a.parquet", {"id": ["a", "b", "a"], "image": IMAGES[:3]})
     with pytest.raises(
         UsageError,
         match=r"two images would have the id 'a': row 0 of .*a\.parquet and row 2 of .*a\.parquet",
@@ -84,26 +84,26 @@ def test_ids_that_are_there_twice_are_refused(tmp_path):
 
 def test_a_folder_of_tables_at_any_depth_is_one_input(tmp_path):
     for number, name in enumerate(["data/train-0.parquet", "data/train-1.parquet", "t.parquet"]):
-        write(tmp_path / name, {"image": as_struct(PICTURES[number : number + 1])})
+        write(tmp_path / name, {"image": as_struct(IMAGES[number : number + 1])})
     (tmp_path / "README.md").write_text("a data set")
     assert contents(tmp_path) == {
-        "data/train-0.parquet/0": PICTURES[0],
-        "data/train-1.parquet/0": PICTURES[1],
-        "t.parquet/0": PICTURES[2],
+        "data/train-0.parquet/0": IMAGES[0],
+        "data/train-1.parquet/0": IMAGES[1],
+        "t.parquet/0": IMAGES[2],
     }
     assert list(contents(tmp_path / "t.parquet", ids="absolute")) == [f"{tmp_path}/t.parquet/0"]
 
 
 def test_tables_with_ids_of_their_own_keep_them_wherever_they_lie(tmp_path):
     for number in range(2):
-        columns = {"id": [f"{number}-a", f"{number}-b"], "image": PICTURES[:2]}
+        columns = {"id": [f"{number}-a", f"{number}-b"], "image": IMAGES[:2]}
         write(tmp_path / f"{number}.parquet", columns)
     assert list(contents(tmp_path)) == ["0-a", "0-b", "1-a", "1-b"]
 
 
 def test_two_tables_of_a_folder_that_call_a_row_the_same_are_refused(tmp_path):
     for number in range(2):
-        write(tmp_path / f"{number}.parquet", {"id": ["a"], "image": PICTURES[:1]})
+        write(tmp_path / f"{number}.parquet", {"id": ["a"], "image": IMAGES[:1]})
     with pytest.raises(UsageError, match=r"the id 'a': .*0\.parquet.* and .*1\.parquet"):
         contents(tmp_path)
 
@@ -130,7 +130,7 @@ def test_what_is_no_table_is_listed_by_its_path(tmp_path):
     path = tmp_path / "a.parquet"
     path.write_bytes(b"PAR1 no")
     assert reason(path)
-    write(path, {"image": PICTURES})
+    write(path, {"image": IMAGES})
     sources = list(find_sources([str(path)]))
     path.write_bytes(path.read_bytes()[:500])
     with pytest.raises(InputError, match=r"was replaced|unreadable in its table"):
@@ -143,7 +143,7 @@ def test_an_empty_table_holds_no_image(tmp_path):
 
 
 def test_without_pyarrow_the_message_says_how_to_install_it(tmp_path, monkeypatch):
-    path = write(tmp_path / "a.parquet", {"image": PICTURES})
+    path = write(tmp_path / "a.parquet", {"image": IMAGES})
     monkeypatch.setitem(sys.modules, "pyarrow", None)
     with pytest.raises(UsageError, match=r"needs pyarrow: pip install 'vsc-serve\[parquet\]'"):
         find_sources([str(path)])
@@ -152,24 +152,24 @@ def test_without_pyarrow_the_message_says_how_to_install_it(tmp_path, monkeypatc
 # Columns of other kinds
 
 SAME_LENGTH = [b"%03d" % number for number in range(100)]
-AS_NUMBERS = [list(picture) for picture in PICTURES]
+AS_NUMBERS = [list(image) for image in IMAGES]
 
 
 @pytest.mark.parametrize(
     ("column", "expected"),
     [
-        (pa.array(PICTURES, pa.binary()).dictionary_encode(), PICTURES),
-        (pa.array(PICTURES, pa.binary_view()), PICTURES),
+        (pa.array(IMAGES, pa.binary()).dictionary_encode(), IMAGES),
+        (pa.array(IMAGES, pa.binary_view()), IMAGES),
         (pa.array(SAME_LENGTH, pa.binary(3)), SAME_LENGTH),
-        (pa.array(AS_NUMBERS, pa.list_(pa.uint8())), PICTURES),
-        (pa.array(AS_NUMBERS, pa.large_list(pa.uint8())), PICTURES),
+        (pa.array(AS_NUMBERS, pa.list_(pa.uint8())), IMAGES),
+        (pa.array(AS_NUMBERS, pa.large_list(pa.uint8())), IMAGES),
         (pa.array([list(one) for one in SAME_LENGTH], pa.list_(pa.uint8(), 3)), SAME_LENGTH),
         (
             pa.array(
-                [{"bytes": list(one), "path": None} for one in PICTURES],
+                [{"bytes": list(one), "path": None} for one in IMAGES],
                 pa.struct([("bytes", pa.list_(pa.uint8())), ("path", pa.large_string())]),
             ),
-            PICTURES,
+            IMAGES,
         ),
     ],
     ids=["dictionary", "view", "fixed", "list", "large list", "fixed list", "struct of list"],
@@ -188,10 +188,10 @@ def test_a_column_of_digests_is_not_taken_for_images_beside_one_that_is(tmp_path
         "sha256": pa.array(SAME_LENGTH, pa.binary(3)),
         "embedding": pa.array(AS_NUMBERS, pa.list_(pa.uint8())),
         "key": pa.array(SAME_LENGTH, pa.binary()),
-        "photo": pa.array(PICTURES, pa.binary()),
+        "photo": pa.array(IMAGES, pa.binary()),
     }
     path = write(tmp_path / "a.parquet", columns)
-    assert contents(path) == {f"{number:03}": one for number, one in enumerate(PICTURES)}
+    assert contents(path) == {f"{number:03}": one for number, one in enumerate(IMAGES)}
 
 
 @pytest.mark.parametrize(
@@ -329,9 +329,9 @@ def test_a_path_beside_a_table_behind_a_url_is_read_there_and_nowhere_else():
     ids=str,
 )
 def test_ids_of_every_kind_are_text(column, expected, tmp_path):
-    path = write(tmp_path / "a.parquet", {"id": column, "image": PICTURES[:3]}, row_group_size=2)
+    path = write(tmp_path / "a.parquet", {"id": column, "image": IMAGES[:3]}, row_group_size=2)
     assert list(contents(path)) == expected
-    assert list(contents(path).values()) == PICTURES[:3]
+    assert list(contents(path).values()) == IMAGES[:3]
 
 
 def test_ids_that_are_universally_unique_keep_their_usual_form(tmp_path):
@@ -339,7 +339,7 @@ def test_ids_that_are_universally_unique_keep_their_usual_form(tmp_path):
 
     ids = [uuid.UUID(int=number) for number in range(3)]
     column = pa.array([one.bytes for one in ids], pa.uuid())
-    path = write(tmp_path / "a.parquet", {"id": column, "image": PICTURES[:3]})
+    path = write(tmp_path / "a.parquet", {"id": column, "image": IMAGES[:3]})
     assert list(contents(path)) == [str(one) for one in ids]
 
 
@@ -353,29 +353,29 @@ def test_ids_that_are_universally_unique_keep_their_usual_form(tmp_path):
     ids=["text", "categories", "bytes"],
 )
 def test_an_id_that_is_null_or_empty_gives_way_to_the_table_and_the_number(column, tmp_path):
-    path = write(tmp_path / "in" / "t.parquet", {"id": column, "image": PICTURES[:5]})
+    path = write(tmp_path / "in" / "t.parquet", {"id": column, "image": IMAGES[:5]})
     for options in ({}, {"ids": "name"}):
         assert list(contents(path, **options)) == [
             *("a", "t.parquet/1", "b", "t.parquet/3", "t.parquet/4")
         ]
     assert list(contents(tmp_path))[1] == "in/t.parquet/1"
-    assert list(contents(path).values()) == PICTURES[:5]
+    assert list(contents(path).values()) == IMAGES[:5]
 
 
 def test_ids_of_all_nulls_and_of_numbers_with_nulls_lose_no_image(tmp_path):
     for column in (pa.nulls(3, pa.string()), pa.nulls(3, pa.int64())):
-        path = write(tmp_path / "t.parquet", {"id": column, "image": PICTURES[:3]})
+        path = write(tmp_path / "t.parquet", {"id": column, "image": IMAGES[:3]})
         assert list(contents(path)) == [f"t.parquet/{number}" for number in range(3)]
-    path = write(tmp_path / "t.parquet", {"id": pa.array([5, None]), "image": PICTURES[:2]})
+    path = write(tmp_path / "t.parquet", {"id": pa.array([5, None]), "image": IMAGES[:2]})
     assert list(contents(path)) == ["5", "t.parquet/1"]
-    path = write(tmp_path / "t.parquet", {"id": pa.array([5.0, None]), "image": PICTURES[:2]})
+    path = write(tmp_path / "t.parquet", {"id": pa.array([5.0, None]), "image": IMAGES[:2]})
     assert list(contents(path)) == ["5", "t.parquet/1"]
     path = write(tmp_path / "t.parquet", {"id": pa.array([5.0, float("nan")]), "image": [b"a"] * 2})
     assert list(contents(path)) == ["5", "t.parquet/1"]
 
 
 def test_an_id_of_300_letters_is_an_id(tmp_path):
-    path = write(tmp_path / "a.parquet", {"key": ["k" * 300, "b"], "image": PICTURES[:2]})
+    path = write(tmp_path / "a.parquet", {"key": ["k" * 300, "b"], "image": IMAGES[:2]})
     assert list(contents(path)) == ["k" * 300, "b"]
     with pytest.raises(UsageError, match=r"^k{300}: no such file or folder"):
         find_sources(["k" * 300])
@@ -428,7 +428,7 @@ def test_a_table_that_counts_other_rows_than_its_groups_is_refused(groups):
 def test_more_ids_than_rows_are_no_quiet_end(tmp_path, monkeypatch):
     from vsc_serve.sources import parquet
 
-    path = write(tmp_path / "a.parquet", {"id": list("abc"), "image": PICTURES[:3]})
+    path = write(tmp_path / "a.parquet", {"id": list("abc"), "image": IMAGES[:3]})
     real = parquet.read_ids
     monkeypatch.setattr(parquet, "read_ids", lambda column: real(column)[:2])
     *found, rest = find_sources([str(path)])

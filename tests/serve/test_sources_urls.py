@@ -1,4 +1,4 @@
-"""Pictures behind URLs: in memory, and in an object store on the loopback device."""
+"""Images behind URLs: in memory, and in an object store on the loopback device."""
 
 import sys
 import tarfile

@@ -148,7 +148,7 @@ def test_over_j_the_sparse_recipe_asks_for_the_same_count_of_latents() -> None:
 
 def test_a_table_gives_mean_and_spread_over_the_seeds() -> None:
     results = [
-        {"model": "vsc", "view": view, "figures": {"knn": 0.9 + 0.01 * seed, "active": 10.0}}
+        {"model": "vsc", "view": view, "metrics": {"knn": 0.9 + 0.01 * seed, "active": 10.0}}
         for seed in (0, 2)
         for view in ("tau 0.5", "tau 0.1")
     ]
@@ -174,8 +174,8 @@ def test_a_run_that_is_in_the_results_file_is_not_done_again(
     assert out.read_bytes() == written
     assert first.out == second.out
     (pca,) = [found for run, found in read_results(out).items() if run.model == "pca-8"]
-    assert pca[0]["figures"]["active"] == pytest.approx(8.0)
-    assert math.isclose(pca[0]["figures"]["bytes"], 32.0)
+    assert pca[0]["metrics"]["active"] == pytest.approx(8.0)
+    assert math.isclose(pca[0]["metrics"]["bytes"], 32.0)
 
 
 def test_a_data_argument_without_a_source_says_what_is_expected() -> None:

@@ -12,9 +12,7 @@ from vsc_training import memory
 from vsc_training.data import choose_pixel_spec, load_examples
 
 
-def save_picture(
-    path: Path, mode: str = "L", size: tuple[int, int] = (8, 8), seed: int = 0
-) -> None:
+def save_image(path: Path, mode: str = "L", size: tuple[int, int] = (8, 8), seed: int = 0) -> None:
     rng = np.random.default_rng(seed)
     path.parent.mkdir(parents=True, exist_ok=True)
     Image.fromarray(rng.integers(0, 256, (size[1], size[0], 3), dtype=np.uint8)).convert(mode).save(
@@ -30,13 +28,13 @@ def test_a_folder_gives_pixels_ids_and_class_labels(grey_folder: Path) -> None:
     assert examples.labels.tolist() == [identity.startswith("upright") for identity in examples.ids]
 
 
-def test_a_flat_folder_has_no_labels(picture_folder: Path) -> None:
-    assert load_examples(picture_folder).labels is None
+def test_a_flat_folder_has_no_labels(image_folder: Path) -> None:
+    assert load_examples(image_folder).labels is None
 
 
-def test_a_picture_that_cannot_be_read_is_left_out_and_listed(picture_folder: Path) -> None:
-    (picture_folder / "zz.png").write_bytes(b"no picture")
-    examples = load_examples(picture_folder)
+def test_an_image_that_cannot_be_read_is_left_out_and_listed(image_folder: Path) -> None:
+    (image_folder / "zz.png").write_bytes(b"no image")
+    examples = load_examples(image_folder)
     assert len(examples.rows) == len(examples.ids) == 12
     assert [bad.id for bad in examples.bad] == ["zz.png"]
 
@@ -50,17 +48,17 @@ def test_a_picture_that_cannot_be_read_is_left_out_and_listed(picture_folder: Pa
         ("RGB", (300, 200), "64x64 RGB, crop"),
     ],
 )
-def test_size_and_colour_are_chosen_from_the_pictures(
+def test_size_and_colour_are_chosen_from_the_images(
     tmp_path: Path, mode: str, size: tuple[int, int], expected: str
 ) -> None:
-    save_picture(tmp_path / "a.png", mode, size)
+    save_image(tmp_path / "a.png", mode, size)
     source = FileSource("a.png", str(tmp_path / "a.png"))
     assert str(choose_pixel_spec([source], None)) == expected
 
 
 def test_mixed_sizes_and_modes_become_one_square(tmp_path: Path) -> None:
-    save_picture(tmp_path / "a.png", "L", (30, 20))
-    save_picture(tmp_path / "b.png", "RGB", (28, 28), seed=1)
+    save_image(tmp_path / "a.png", "L", (30, 20))
+    save_image(tmp_path / "b.png", "RGB", (28, 28), seed=1)
     assert load_examples(tmp_path).rows.shape == (2, 64, 64, 3)
     assert load_examples(tmp_path, size=16).rows.shape == (2, 16, 16, 3)
 
@@ -70,29 +68,29 @@ def test_colour_after_hundreds_of_grey_images_is_not_made_grey(
     tmp_path: Path, caplog: pytest.LogCaptureFixture, place: int
 ) -> None:
     for number in range(260):
-        save_picture(tmp_path / f"{2 * number + 1:04}.png", "L", (4, 4), seed=number)
-    save_picture(tmp_path / f"{2 * place:04}.png", "RGB", (4, 4), seed=999)
+        save_image(tmp_path / f"{2 * number + 1:04}.png", "L", (4, 4), seed=number)
+    save_image(tmp_path / f"{2 * place:04}.png", "RGB", (4, 4), seed=999)
     rows = load_examples(tmp_path, size=8).rows
     assert rows.shape == (261, 8, 8, 3)
     assert len({rows[place, ..., channel].tobytes() for channel in range(3)}) == 3
-    has_warned = "is in colour and the 200 pictures before it are grey" in caplog.text
+    has_warned = "is in colour and the 200 images before it are grey" in caplog.text
     assert has_warned == (place == 200)
 
 
 def test_a_set_of_grey_images_stays_grey_however_large(tmp_path: Path) -> None:
     for number in range(260):
-        save_picture(tmp_path / f"{number:04}.png", "L", (4, 4), seed=number)
+        save_image(tmp_path / f"{number:04}.png", "L", (4, 4), seed=number)
     assert load_examples(tmp_path, size=8).rows.shape == (260, 8, 8, 1)
 
 
 def test_pixels_that_do_not_fit_into_memory_are_refused_before_they_are_read(
-    picture_folder: Path, monkeypatch: pytest.MonkeyPatch
+    image_folder: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(memory, "free_bytes", lambda device: 12 * 64 - 1)
     with pytest.raises(UsageError, match=r"12 images of 8x8 grey, crop take 0.0 GiB.*--size"):
-        load_examples(picture_folder)
+        load_examples(image_folder)
     monkeypatch.setattr(memory, "free_bytes", lambda device: 12 * 64)
-    assert len(load_examples(picture_folder).rows) == 12
+    assert len(load_examples(image_folder).rows) == 12
 
 
 def test_arrays_of_pixels_and_of_vectors_are_read(tmp_path: Path) -> None:
@@ -142,7 +140,7 @@ def test_labels_of_another_length_are_refused(tmp_path: Path) -> None:
 
 
 def test_nothing_to_train_on_is_a_usage_error(tmp_path: Path) -> None:
-    with pytest.raises(UsageError, match="no folder of pictures"):
+    with pytest.raises(UsageError, match="no folder of images"):
         load_examples(tmp_path / "missing")
     with pytest.raises(UsageError, match="no image found"):
         load_examples(tmp_path)
@@ -151,12 +149,12 @@ def test_nothing_to_train_on_is_a_usage_error(tmp_path: Path) -> None:
         load_examples(tmp_path)
 
 
-def test_a_class_folder_without_a_picture_is_named(tmp_path: Path) -> None:
+def test_a_class_folder_without_an_image_is_named(tmp_path: Path) -> None:
     for name in ("cat", "dog"):
-        save_picture(tmp_path / name / "a.png", seed=len(name) + ord(name[0]))
+        save_image(tmp_path / name / "a.png", seed=len(name) + ord(name[0]))
     (tmp_path / "emu").mkdir()
     (tmp_path / ".cache").mkdir()
-    with pytest.raises(InputError, match="emu: a class folder without a readable picture"):
+    with pytest.raises(InputError, match="emu: a class folder without a readable image"):
         load_examples(tmp_path)
 
 

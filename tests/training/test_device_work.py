@@ -15,11 +15,11 @@ import torch
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from vsc_serve.images import PixelSpec
-from vsc_training import distributed, feed, step
+from vsc_training import dataset, distributed, step
 from vsc_training.config import Recipe, load_recipe
 from vsc_training.data import Examples
+from vsc_training.dataset import BatchOrder, DeviceDataset
 from vsc_training.device import repeatable_kernels, uses_bfloat16
-from vsc_training.feed import BatchOrder, Feed
 from vsc_training.finite import FiniteGuard, NotFinite
 from vsc_training.metrics import measure_health
 from vsc_training.model import DataSpec
@@ -102,11 +102,11 @@ def test_the_table_holds_the_numbers_of_every_step_wherever_one_begins() -> None
 def test_examples_go_to_the_gpu_only_where_they_fit_beside_the_model(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, free: int, *, fits: bool
 ) -> None:
-    monkeypatch.setattr(feed, "free_bytes", lambda device: free)
+    monkeypatch.setattr(dataset, "free_bytes", lambda device: free)
     np.save(tmp_path / "x.npy", np.zeros((100, 64), np.uint8))
     mapped = np.load(tmp_path / "x.npy", mmap_mode="r")
     for rows in (np.zeros((100, 64), np.uint8), mapped):
-        held = Feed.of(rows, ELSEWHERE, needed_bytes=1_500)
+        held = DeviceDataset.of(rows, ELSEWHERE, needed_bytes=1_500)
         assert isinstance(held.rows, torch.Tensor) == fits
         assert held.index_device == (ELSEWHERE if fits else CPU)
 
@@ -116,9 +116,9 @@ def test_a_mapped_file_is_copied_to_a_device_part_by_part(
 ) -> None:
     rows = np.random.default_rng(0).normal(size=(101, 7)).astype(np.float32)
     np.save(tmp_path / "x.npy", rows)
-    monkeypatch.setattr(feed, "_COPIED_AT_ONCE", 10 * rows[:1].nbytes)
+    monkeypatch.setattr(dataset, "_COPIED_AT_ONCE", 10 * rows[:1].nbytes)
     mapped = np.load(tmp_path / "x.npy", mmap_mode="r")
-    assert torch.equal(feed._copied(mapped, CPU), torch.from_numpy(rows))
+    assert torch.equal(dataset._copied(mapped, CPU), torch.from_numpy(rows))
 
 
 def test_a_prefetcher_gives_each_step_in_order_and_begins_again_after_a_jump() -> None:
@@ -194,7 +194,7 @@ def test_metrics_come_from_the_device_once_however_many_batches(
     monkeypatch.setattr(torch.Tensor, "cpu", counted)
     found = []
     for size in (128, 8):
-        batches = trainer.feed.batches(torch.arange(128), size)
+        batches = trainer.dataset.batches(torch.arange(128), size)
         reads.clear()
         with CountTransfers() as transfers:
             health = measure_health(trainer.model, batches, torch.Generator().manual_seed(0))

@@ -83,7 +83,7 @@ def test_vsc_train_runs_in_two_processes_and_resumes(grey_folder: Path, tmp_path
     assert checkpoint.state.step == 300
     assert set(checkpoint.random) == {"0", "1"}
     assert not torch.equal(checkpoint.random["0"], checkpoint.random["1"])
-    assert checkpoint.state.figures["live"] >= 12
+    assert checkpoint.state.metrics["live"] >= 12
     resumed = run_two(*command, "--threads", "1", "--resume")
     assert resumed.returncode == 0, resumed.stderr
     alone = subprocess.run(

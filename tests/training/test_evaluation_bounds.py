@@ -45,8 +45,8 @@ def log_density(of: Posterior, row: int, is_on: tuple[bool, ...], values: list[T
         if not on:
             total = total + torch.log1p(-gamma)
             continue
-        deviation = torch.exp(0.5 * of.logvar[row, latent].double())
-        slab = torch.distributions.Normal(of.mu[row, latent].double(), deviation)
+        std = torch.exp(0.5 * of.logvar[row, latent].double())
+        slab = torch.distributions.Normal(of.mu[row, latent].double(), std)
         total = total + torch.log(gamma) + slab.log_prob(values[latent])
     return total
 

@@ -19,7 +19,7 @@ from vsc_training.data import load_examples
 from vsc_training.evaluation import dataset
 from vsc_training.evaluation.dataset import load_factors
 from vsc_training.evaluation.evaluate import evaluate_run
-from vsc_training.evaluation.figures import Evaluation
+from vsc_training.evaluation.metrics import Evaluation
 from vsc_training.evaluation.retrieval import knn_accuracy
 from vsc_training.fit import fit
 
@@ -38,7 +38,7 @@ def whole(tiny_run: Path, grey_folder: Path) -> Evaluation:
 
 @pytest.fixture(scope="module")
 def bars(grey_folder: Path, tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
-    """The pictures of `grey_folder` as files: without labels, and with numbers for labels."""
+    """The images of `grey_folder` as files: without labels, and with numbers for labels."""
     folder = tmp_path_factory.mktemp("arrays")
     examples = load_examples(grey_folder)
     assert examples.labels is not None
@@ -208,21 +208,21 @@ def test_large_data_are_sampled_by_the_seed(
     assert found == evaluate(tiny_run, grey_folder)
 
 
-def test_pictures_of_a_folder_are_resized_and_bad_ones_counted(
+def test_images_of_a_folder_are_resized_and_bad_ones_counted(
     tiny_run: Path, tmp_path: Path
 ) -> None:
     rng = np.random.default_rng(0)
     for number in range(4):
         pixels = rng.integers(0, 256, (20 + number, 31, 3), dtype=np.uint8)
         Image.fromarray(pixels).save(tmp_path / f"{number}.png")
-    (tmp_path / "bad.png").write_bytes(b"no picture")
+    (tmp_path / "bad.png").write_bytes(b"no image")
     found = evaluate(tiny_run, tmp_path)
     assert (found.health.images, found.skipped) == (4, 1)
     assert "4 images, 1 files unreadable" in found.table()
 
 
 def factors_of(grey_folder: Path, path: Path) -> Path:
-    """Where each bar lies, and whether it is upright, by the pictures themselves."""
+    """Where each bar lies, and whether it is upright, by the images themselves."""
     examples = load_examples(grey_folder)
     pixels = examples.rows[..., 0].astype(np.float64)
     is_upright = np.array(["upright" in name for name in examples.ids])
@@ -298,7 +298,7 @@ def test_data_of_another_shape_are_refused(
     np.savez(tmp_path / "wide.npz", images=rng.integers(0, 256, (9, 6, 10, 3), dtype=np.uint8))
     message = (
         "found RGB images of 10x6, but the model was fitted to grey images of 8x8."
-        " Give data of that shape, or a folder of pictures, which are resized."
+        " Give data of that shape, or a folder of images, which are resized."
     )
     with pytest.raises(InputError, match=message):
         evaluate(tiny_run, tmp_path / "wide.npz")
@@ -322,7 +322,7 @@ def test_no_checkpoint_and_arguments_out_of_range_are_refused(
 ) -> None:
     with pytest.raises(UsageError, match=r"no checkpoint.safetensors there. Train first: vsc"):
         evaluate(tmp_path, grey_folder)
-    with pytest.raises(UsageError, match=r"no folder of pictures and no .npz or"):
+    with pytest.raises(UsageError, match=r"no folder of images and no .npz or"):
         evaluate(tiny_run, tmp_path / "nothing")
     with pytest.raises(UsageError, match=r"tau must be above 0 and below 1, not 1\.0"):
         evaluate(tiny_run, grey_folder, taus=[0.5, 1.0])

@@ -38,9 +38,9 @@ def weights_of(run: Path) -> dict[str, torch.Tensor]:
 
 def test_training_leaves_a_healthy_model_with_logs(tiny_run: Path) -> None:
     checkpoint = load_checkpoint(tiny_run)
-    assert checkpoint.state.figures["active"] > 0.5
-    assert checkpoint.state.figures["live"] >= 12
-    assert checkpoint.state.figures["always_on"] == 0
+    assert checkpoint.state.metrics["active"] > 0.5
+    assert checkpoint.state.metrics["live"] >= 12
+    assert checkpoint.state.metrics["always_on"] == 0
     lines = [json.loads(line) for line in (tiny_run / "log.jsonl").read_text().splitlines()]
     last = [line for line in lines if line["kind"] == "train"][-1]
     assert last["step"] == 300
@@ -96,7 +96,7 @@ def test_a_killed_run_resumes_to_the_same_weights(grey_folder: Path, tmp_path: P
 
 
 def test_a_resume_with_another_recipe_or_other_data_is_refused(
-    tiny_run: Path, grey_folder: Path, picture_folder: Path
+    tiny_run: Path, grey_folder: Path, image_folder: Path
 ) -> None:
     recipe = load_checkpoint(tiny_run).state.recipe
     changed = load_recipe(str(tiny_run / "recipe.toml"), ["beta=0.5"])
@@ -117,9 +117,9 @@ def test_a_collapsed_model_ends_the_run_with_figure_and_remedy(
         fit(recipe, examples, tmp_path / "run", device=CPU)
 
 
-def test_fewer_examples_than_a_batch_says_what_to_set(picture_folder: Path) -> None:
+def test_fewer_examples_than_a_batch_says_what_to_set(image_folder: Path) -> None:
     with pytest.raises(UsageError, match=r"fewer than a batch of 32.*--set batch_size="):
-        Trainer(small_recipe(), load_examples(picture_folder), CPU)
+        Trainer(small_recipe(), load_examples(image_folder), CPU)
 
 
 def test_cuda_that_is_not_there_is_a_device_error(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -231,7 +231,7 @@ NOISE_BY_HEART = ("alpha=0.4", "beta=0.05", "learning_rate=0.01", "steps=400", "
 def test_a_model_that_knows_its_examples_by_heart_says_so_and_what_to_do(
     tmp_path: Path, caplog: pytest.LogCaptureFixture
 ) -> None:
-    """Pictures of noise can be remembered; nothing of one is in another."""
+    """Images of noise can be remembered; nothing of one is in another."""
     rows = np.random.default_rng(0).integers(0, 256, (64, 8, 8, 1), dtype=np.uint8)
     spec = DataSpec(pixel_spec=PixelSpec(height=8, width=8, channels=1))
     examples = Examples(rows, [str(number) for number in range(64)], spec)

@@ -7,7 +7,7 @@ import pytest
 import torch
 
 from vsc_serve.images import PixelSpec
-from vsc_training import feed
+from vsc_training import dataset
 from vsc_training.checkpoint import Checkpoint
 from vsc_training.config import Recipe, load_recipe
 from vsc_training.data import Examples
@@ -97,10 +97,10 @@ def test_rows_that_do_not_fit_give_the_weights_of_rows_that_do(
 ) -> None:
     examples, recipe = vectors() if kind == "vectors" else examples_of(1), recipe_for()
     held = Trainer(recipe, examples, cuda)
-    monkeypatch.setattr(feed, "free_bytes", lambda device: 0)
+    monkeypatch.setattr(dataset, "free_bytes", lambda device: 0)
     copied = Trainer(recipe, examples, cuda)
-    assert isinstance(held.feed.rows, torch.Tensor)
-    assert isinstance(copied.feed.rows, np.ndarray)
+    assert isinstance(held.dataset.rows, torch.Tensor)
+    assert isinstance(copied.dataset.rows, np.ndarray)
     for _ in range(150):  # over the end of an epoch
         held.advance()
         copied.advance()

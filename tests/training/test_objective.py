@@ -38,9 +38,9 @@ def random_weights(rows: int, pseudo_count: int, seed: int) -> torch.Tensor:
 
 
 def test_kl_of_one_latent_agrees_with_quadrature() -> None:
-    gamma, mu, deviation = 0.3, 0.7, 0.4
-    gamma_u, mu_u, deviation_u = 0.6, -0.2, 1.3
-    q, p = stats.norm(mu, deviation), stats.norm(mu_u, deviation_u)
+    gamma, mu, std = 0.3, 0.7, 0.4
+    gamma_u, mu_u, std_u = 0.6, -0.2, 1.3
+    q, p = stats.norm(mu, std), stats.norm(mu_u, std_u)
     slab, _ = integrate.quad(lambda z: q.pdf(z) * (q.logpdf(z) - p.logpdf(z)), -6.0, 6.0)
     on, off = gamma * math.log(gamma / gamma_u), (1 - gamma) * math.log((1 - gamma) / (1 - gamma_u))
     expected = gamma * slab + on + off
@@ -49,7 +49,7 @@ def test_kl_of_one_latent_agrees_with_quadrature() -> None:
         values = (special.logit(probability), mean, 2 * math.log(scale))
         return Posterior(*(torch.tensor([[value]], dtype=torch.float64) for value in values))
 
-    found = kl_pairs(one(gamma, mu, deviation), one(gamma_u, mu_u, deviation_u))
+    found = kl_pairs(one(gamma, mu, std), one(gamma_u, mu_u, std_u))
     assert found.item() == pytest.approx(expected, rel=1e-9)
 
 

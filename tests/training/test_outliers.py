@@ -110,7 +110,7 @@ def test_a_hundredth_of_long_rows_leaves_the_latents_alive(share: float, tmp_pat
 def test_without_that_the_guard_ends_the_run(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(trainer.Trainer, "_bounded", lambda self, sample: self.feed)
+    monkeypatch.setattr(trainer.Trainer, "_bounded", lambda self, sample: self.dataset)
     rows = with_sinks(sparse_vectors())
     with pytest.raises(CheckFailed, match=r"collapsed at step \d+: .*(dead|empty)"):
         fit(small_recipe("learning_rate=0.004"), examples(rows), tmp_path / "run", device=CPU)

@@ -21,7 +21,7 @@ from vsc_training.objective import (
 )
 from vsc_training.spike import draw_spike, hard_spike, relaxed_spike, straight_through_spike
 from vsc_training.trainer import Trainer
-from vsc_training.warmup import slab_deviation, warmup_factor
+from vsc_training.warmup import slab_std, warmup_factor
 
 SPIKES = ("straight_through", "relaxed", "hard_concrete")
 
@@ -30,20 +30,20 @@ def uniform(*shape: int, seed: int = 0) -> torch.Tensor:
     return torch.rand(*shape, generator=torch.Generator().manual_seed(seed))
 
 
-@pytest.mark.parametrize("interpolation", ["variance", "deviation", "geometric"])
+@pytest.mark.parametrize("interpolation", ["variance", "standard_deviation", "geometric"])
 def test_point_01_the_warm_up_runs_at_every_lambda(interpolation: str) -> None:
     logvar = torch.tensor([[-2.0, 0.0, 1.0]])
     for lam in (0.0, 0.5, 1.0):
-        assert torch.isfinite(slab_deviation(logvar, lam, interpolation)).all()
+        assert torch.isfinite(slab_std(logvar, lam, interpolation)).all()
 
 
 def test_point_02_the_warm_up_interpolates_the_variance_and_agrees_at_both_ends() -> None:
     logvar = torch.tensor([[-2.0, 0.7]])
-    halfway = slab_deviation(logvar, 0.5, "variance")
+    halfway = slab_std(logvar, 0.5, "variance")
     torch.testing.assert_close(halfway.square(), 0.5 * logvar.exp() + 0.5)
-    for interpolation in ("variance", "deviation", "geometric"):
-        torch.testing.assert_close(slab_deviation(logvar, 0.0, interpolation), torch.ones(1, 2))
-        torch.testing.assert_close(slab_deviation(logvar, 1.0, interpolation), (0.5 * logvar).exp())
+    for interpolation in ("variance", "standard_deviation", "geometric"):
+        torch.testing.assert_close(slab_std(logvar, 0.0, interpolation), torch.ones(1, 2))
+        torch.testing.assert_close(slab_std(logvar, 1.0, interpolation), (0.5 * logvar).exp())
 
 
 @pytest.mark.parametrize("spike", SPIKES)
@@ -97,7 +97,7 @@ def test_point_08_the_bound_pays_for_choosing_the_pseudo_input() -> None:
     trainer = tiny_trainer()
     health = trainer.check()
     with torch.no_grad():
-        rows = trainer.feed.take(trainer.check_numbers)
+        rows = trainer.dataset.take(trainer.check_numbers)
         expected = selection_cost(trainer.model.weights(rows)).mean().item()
     assert health.elbo_paper - health.elbo == pytest.approx(expected, rel=1e-4)
 
@@ -170,7 +170,7 @@ def test_reported_bounds_use_hard_spikes_whatever_the_estimator() -> None:
     assert set(hard_spike(spike_logit, noise).unique().tolist()) == {0.0, 1.0}
     assert len(relaxed_spike(spike_logit, noise, 50.0).unique()) > 100
     trainer = tiny_trainer(spike="relaxed")
-    batches = [trainer.feed.take(trainer.check_numbers)]
+    batches = [trainer.dataset.take(trainer.check_numbers)]
     generator = torch.Generator().manual_seed(0)
     health = measure_health(trainer.model, iter(batches), generator)
     generator = torch.Generator().manual_seed(0)

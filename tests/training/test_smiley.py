@@ -160,7 +160,7 @@ def test_factors_of_an_absent_attribute_change_nothing(attribute):
 
 
 @pytest.mark.parametrize("name", factor_names())
-def test_every_factor_changes_the_picture_of_its_attribute(name):
+def test_every_factor_changes_the_image_of_its_attribute(name):
     attribute = name.split(".")[0]
     low, high = (draw_one([attribute], **{name.replace(".", "_"): by}) for by in (-1.2, 1.2))
     assert (low != high).any()

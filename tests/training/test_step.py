@@ -1,4 +1,4 @@
-"""One step: its noise, what the encoder is shown, its precision, and its compiled form."""
+"""One step: its noise, what the encoder is input_mask, its precision, and its compiled form."""
 
 import shutil
 
@@ -12,7 +12,7 @@ from vsc_training.config import Recipe, load_recipe
 from vsc_training.data import Examples
 from vsc_training.distributed import Group
 from vsc_training.model import DataSpec
-from vsc_training.step import draw_noise, draw_shown, objective_terms
+from vsc_training.step import draw_input_mask, draw_noise, objective_terms
 from vsc_training.trainer import Trainer
 
 CPU = torch.device("cpu")
@@ -31,11 +31,13 @@ def noise_examples() -> Examples:
 
 @pytest.mark.parametrize(("asked", "share"), [(0.1, 26 / 256), (0.5, 0.5), (0.001, 1 / 256)])
 def test_what_is_hidden_has_its_share_and_leaves_the_mean(asked: float, share: float) -> None:
-    shown = draw_shown(torch.Size((100, 9, 11, 3)), asked, torch.Generator().manual_seed(0))
-    assert shown.shape == (100, 9, 11, 3)
-    assert (shown == 0).float().mean().item() == pytest.approx(share, abs=0.006)
-    assert shown.unique().tolist() == pytest.approx([0.0, 1 / (1 - share)])
-    rows = shown.reshape(100, -1)
+    input_mask = draw_input_mask(
+        torch.Size((100, 9, 11, 3)), asked, torch.Generator().manual_seed(0)
+    )
+    assert input_mask.shape == (100, 9, 11, 3)
+    assert (input_mask == 0).float().mean().item() == pytest.approx(share, abs=0.006)
+    assert input_mask.unique().tolist() == pytest.approx([0.0, 1 / (1 - share)])
+    rows = input_mask.reshape(100, -1)
     assert (rows == 0).any(1).float().mean() > 0.6, "every example has its own"
     assert (rows == 0).any(0).float().mean() > 0.09, "every value may be hidden"
 
@@ -43,21 +45,23 @@ def test_what_is_hidden_has_its_share_and_leaves_the_mean(asked: float, share: f
 def test_only_the_encoder_misses_what_is_hidden() -> None:
     """Classifier and likelihood see all; and what is hidden has no part in the posterior."""
     trainer = Trainer(small_recipe("precision=float32"), noise_examples(), CPU)
-    examples = trainer.feed.take(torch.arange(32))
+    examples = trainer.dataset.take(torch.arange(32))
     generator = torch.Generator().manual_seed(0)
     whole = draw_noise(trainer.recipe, examples.shape, 30, generator)
-    assert whole.shown is None
-    shown = torch.ones_like(examples)
-    shown[:, :4] = 0.0
-    plain = objective_terms(trainer.model, examples, whole, half=False)
-    masked = objective_terms(trainer.model, examples, whole._replace(shown=shown), half=False)
+    assert whole.input_mask is None
+    input_mask = torch.ones_like(examples)
+    input_mask[:, :4] = 0.0
+    plain = objective_terms(trainer.model, examples, whole, bf16=False)
+    masked = objective_terms(
+        trainer.model, examples, whole._replace(input_mask=input_mask), bf16=False
+    )
     assert torch.equal(plain.weights, masked.weights)
     assert not torch.equal(plain.spike_logit, masked.spike_logit)
-    blanked = trainer.model.encode(examples * shown)
+    blanked = trainer.model.encode(examples * input_mask)
     torch.testing.assert_close(masked.spike_logit, blanked.spike_logit)
-    hidden_all = whole._replace(shown=torch.zeros_like(examples))
-    on_white = objective_terms(trainer.model, examples, hidden_all, half=False)
-    on_black = objective_terms(trainer.model, 1.0 - examples, hidden_all, half=False)
+    hidden_all = whole._replace(input_mask=torch.zeros_like(examples))
+    on_white = objective_terms(trainer.model, examples, hidden_all, bf16=False)
+    on_black = objective_terms(trainer.model, 1.0 - examples, hidden_all, bf16=False)
     assert torch.equal(on_white.spike_logit, on_black.spike_logit)
     assert on_white.reconstruction != on_black.reconstruction, "the likelihood is of the whole"
 
@@ -88,11 +92,11 @@ def test_bfloat16_products_leave_spike_logits_and_bound_in_float32() -> None:
     recipe = small_recipe("precision=bfloat16")
     trainer = Trainer(recipe, noise_examples(), CPU)
     assert trainer.half
-    examples = trainer.feed.take(torch.arange(32))
+    examples = trainer.dataset.take(torch.arange(32))
     generator = torch.Generator().manual_seed(0)
     draw = draw_noise(recipe, examples.shape, 30, generator)
-    half = objective_terms(trainer.model, examples, draw, half=True)
-    full = objective_terms(trainer.model, examples, draw, half=False)
+    half = objective_terms(trainer.model, examples, draw, bf16=True)
+    full = objective_terms(trainer.model, examples, draw, bf16=False)
     assert half.loss.dtype == torch.float32
     assert half.loss.item() == pytest.approx(full.loss.item(), rel=0.02)
     with torch.autocast("cpu", torch.bfloat16):

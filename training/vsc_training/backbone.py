@@ -1,10 +1,10 @@
 """A backbone: any ONNX image encoder, whose embeddings a model is fitted to.
 
-Beside `FILE.onnx` lies `FILE.json`, which says how a picture becomes what the file takes:
+Beside `FILE.onnx` lies `FILE.json`, which says how an image becomes what the file takes:
 
     {"height": 224, "width": 224, "mean": [0.485, 0.456, 0.406], "std": [0.229, 0.224, 0.225]}
 
-Training embeds pictures by the rule that an export puts into the graph, operation by operation, and
+Training embeds images by the rule that an export puts into the graph, operation by operation, and
 a run keeps the rule and the digest of the file: embeddings cannot come from one backbone in
 training and from another in production.
 """
@@ -32,7 +32,7 @@ from vsc_training.backbone_rule import (
 )
 
 BATCH_SIZE: Final = 64
-"""Pictures embedded at a time."""
+"""Images embedded at a time."""
 
 _TYPES: Final[dict[str, np.dtype[Any]]] = {
     "tensor(float)": np.dtype(np.float32),
@@ -53,7 +53,7 @@ class BackboneSpec:
     """What a backbone is, and how pixels become its input: (pixels / 255 - mean) / std."""
 
     pixel_spec: PixelSpec
-    """How a picture becomes pixels."""
+    """How an image becomes pixels."""
     layout: Layout
     """Order of the axes that the file takes."""
     mean: tuple[float, ...]
@@ -130,12 +130,12 @@ class Backbone:
 
         Raises:
             UsageError: A file is missing, or the JSON does not fit the graph; what to write there.
-            InputError: The graph is no encoder of pictures.
+            InputError: The graph is no encoder of images.
             BundleError: onnxruntime cannot load the graph.
             DeviceError: The device or onnxruntime is not there.
         """
         if not path.is_file():
-            raise UsageError(f"--backbone {path}: no such file. Check the path.")
+            raise UsageError(f"`backbone` {path}: no such file. Check the path.")
         session = open_session(path, device=device, threads=threads)
         taken = _only_input(path, session.inputs)
         stated = read_stated(path, taken)
@@ -155,7 +155,7 @@ class Backbone:
         return cls(session, replace(spec, dim=backbone._measure(path)))
 
     def embed(self, pixels: NDArray[np.uint8]) -> NDArray[np.float32]:
-        """Embed pictures.
+        """Embed images.
 
         Args:
             pixels: Shape (images, height, width, channels), as the spec's `pixel_spec` says.
@@ -243,7 +243,7 @@ def _only_input(path: Path, inputs: Sequence[Port]) -> Port:
     if len(inputs) != 1:
         names = ", ".join(one.name for one in inputs)
         raise InputError(
-            f"{path}: {len(inputs)} inputs ({names}); a backbone takes pictures and nothing else."
+            f"{path}: {len(inputs)} inputs ({names}); a backbone takes images and nothing else."
             " Export the image encoder alone."
         )
     (taken,) = inputs

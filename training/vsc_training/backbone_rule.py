@@ -1,4 +1,4 @@
-"""What is said of a backbone, in the JSON beside its file: how a picture becomes its input."""
+"""What is said of a backbone, in the JSON beside its file: how an image becomes its input."""
 
 import difflib
 import json
@@ -31,7 +31,7 @@ def read_stated(path: Path, taken: Port) -> dict[str, Any]:
         stated = json.loads(stated_path.read_text(encoding="utf-8"))
     except FileNotFoundError:
         raise UsageError(
-            f"{stated_path}: not there. It says how a picture becomes the input of {path.name}"
+            f"{stated_path}: not there. It says how an image becomes the input of {path.name}"
             f" ({taken.type} {list(taken.shape)}), for example {_example(taken)}"
         ) from None
     except (OSError, ValueError) as error:
@@ -55,7 +55,7 @@ def _example(taken: Port) -> str:
 
 
 def pixel_spec_of(path: Path, stated: dict[str, Any]) -> PixelSpec:
-    """Return how a picture becomes pixels. Raises UsageError."""
+    """Return how an image becomes pixels. Raises UsageError."""
     try:
         return PixelSpec(
             height=stated["height"],

@@ -2,11 +2,12 @@
 
 A run folder holds
 
-    checkpoint.safetensors    weights, optimiser moments, random states; its header holds the JSON
-    state recipe.toml               the resolved recipe samples.npz               some examples, on
-    which an export is compared with the model run.json                  what the run is: data,
-    network, step, figures log.jsonl                 one line per logged step tensorboard/
-    the same for TensorBoard
+    checkpoint.safetensors   weights, optimiser moments, random states; the JSON state as header
+    recipe.toml              the resolved recipe
+    samples.npz              some examples, on which an export is compared with the model
+    run.json                 what the run is: data, network, step, metrics
+    log.jsonl                one line per logged step
+    tensorboard/             the same for TensorBoard
 
 The checkpoint is written under a temporary name and renamed, so the last good one survives
 anything.
@@ -46,6 +47,10 @@ ERRORS: Final = "errors.jsonl"
 SAMPLE_COUNT: Final = 512
 """Examples kept for the export's comparison."""
 
+_OLD_METRICS: Final = "figures"
+_OLD_SAMPLES: Final = {"images": "pictures"}
+"""What runs of an earlier release call their metrics, and arrays of `samples.npz`."""
+
 _KIND: Final = "run"
 _WEIGHTS: Final = "weights."
 _OPTIMIZER: Final = "optimizer."
@@ -76,8 +81,8 @@ class RunState:
     """What the model is fitted to."""
     data_fingerprint: str
     """Digest of the training data."""
-    figures: dict[str, Any]
-    """Last figures of health and loss."""
+    metrics: dict[str, Any]
+    """Last metrics of health and loss."""
     name: str
     """Name of the model."""
 
@@ -191,7 +196,7 @@ def start_run(
     _write_recipe(run, recipe)
     rows = examples.rows
     chosen = rows[:: max(1, len(rows) // SAMPLE_COUNT)][:SAMPLE_COUNT]
-    save_samples(run, chosen, examples.pictures)
+    save_samples(run, chosen, examples.images)
     if examples.bad:
         with atomic_file(run / ERRORS) as file:
             file.writelines(
@@ -209,19 +214,19 @@ def _write_recipe(run: Path, recipe: Recipe) -> None:
         file.write(text)
 
 
-def save_samples(run: Path, rows: NDArray[Any], pictures: NDArray[np.uint8] | None = None) -> None:
+def save_samples(run: Path, rows: NDArray[Any], images: NDArray[np.uint8] | None = None) -> None:
     """Keep some examples beside the checkpoint.
 
     Args:
         run: The run folder.
         rows: Shape (rows, *shape).
-        pictures: Pixels of some pictures, where a backbone made the rows out of pictures.
+        images: Pixels of some images, where a backbone made the rows out of images.
     """
     with atomic_file(run / SAMPLES) as file:
-        if pictures is None:
+        if images is None:
             np.savez_compressed(file, rows=rows)
         else:
-            np.savez_compressed(file, rows=rows, pictures=pictures)
+            np.savez_compressed(file, rows=rows, images=images)
 
 
 def load_samples(run: Path) -> NDArray[Any]:
@@ -229,15 +234,16 @@ def load_samples(run: Path) -> NDArray[Any]:
     return _load_kept(run, "rows")
 
 
-def load_pictures(run: Path) -> NDArray[np.uint8]:
-    """Read the pictures that `save_samples` kept. Raises InputError when there are none."""
-    return _load_kept(run, "pictures")
+def load_images(run: Path) -> NDArray[np.uint8]:
+    """Read the images that `save_samples` kept. Raises InputError when there are none."""
+    return _load_kept(run, "images")
 
 
 def _load_kept(run: Path, name: str) -> NDArray[Any]:
     try:
         with np.load(run / SAMPLES, allow_pickle=False) as stored:
-            kept: NDArray[Any] = stored[name]
+            old = _OLD_SAMPLES.get(name)
+            kept: NDArray[Any] = stored[old if old in stored else name]
     except (OSError, ValueError, KeyError, EOFError, zipfile.BadZipFile) as error:
         raise InputError(f"{run / SAMPLES}: unreadable ({error}). Train again.") from error
     return kept
@@ -274,7 +280,7 @@ def _state_to_json(state: RunState) -> dict[str, Any]:
         "input_dim": state.data.input_dim,
         "backbone": state.data.backbone.to_json() if state.data.backbone else None,
         "data_fingerprint": state.data_fingerprint,
-        "figures": state.figures,
+        "metrics": state.metrics,
     }
 
 
@@ -287,7 +293,7 @@ class _StoredState:
     pixel_spec: dict[str, Any] | None
     input_dim: int | None
     data_fingerprint: str
-    figures: dict[str, Any]
+    metrics: dict[str, Any]
     name: str
     backbone: dict[str, Any] | None = None
 
@@ -301,6 +307,8 @@ def _state_from_json(stored: Any, path: Path) -> RunState:
             f" {FORMAT}."
             " Upgrade vsc-serve, or train again."
         )
+    if "metrics" not in stored and _OLD_METRICS in stored:
+        stored = {**stored, "metrics": stored[_OLD_METRICS]}
     found = conform_fields(stored, _StoredState, ignore=True)
     backbone = BackboneSpec.from_json(found.backbone) if found.backbone else None
     spec = found.pixel_spec and conform_fields(
@@ -311,7 +319,7 @@ def _state_from_json(stored: Any, path: Path) -> RunState:
         recipe=found.recipe,
         data=DataSpec(pixel_spec=spec or None, input_dim=found.input_dim, backbone=backbone),
         data_fingerprint=found.data_fingerprint,
-        figures=found.figures,
+        metrics=found.metrics,
         name=found.name,
     )
 

@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
+from vsc_serve.cli.options import Device, DeviceOption
 from vsc_serve.console import progress, require_extra, say
 from vsc_serve.outputs import check_output
 from vsc_training.threads import sleep_when_idle
@@ -23,7 +24,7 @@ app = typer.Typer()
 
 @app.command()
 def train(
-    data: Annotated[Path, typer.Argument(help="Folder of pictures, .npz or .npy.")],
+    data: Annotated[Path, typer.Argument(help="Folder of images, .npz or .npy.")],
     out: Annotated[Path, typer.Option(help="Run folder to write.")],
     *,
     recipe: Annotated[
@@ -37,13 +38,13 @@ def train(
         float | None, typer.Option(help="Active latents per image to ask for (sets alpha).")
     ] = None,
     size: Annotated[
-        int | None, typer.Option(help="Side of the square that pictures become.", min=1)
+        int | None, typer.Option(help="Side of the square that images become.", min=1)
     ] = None,
     backbone: Annotated[
         Path | None,
-        typer.Option(help="ONNX image encoder: fit its embeddings of the pictures."),
+        typer.Option(help="ONNX image encoder: fit its embeddings of the images."),
     ] = None,
-    device: Annotated[str, typer.Option(help="auto, cpu or cuda.")] = "auto",
+    device: DeviceOption = "auto",
     threads: Annotated[
         int, typer.Option(help="CPU threads (0: torch chooses).", min=0, max=1024)
     ] = 0,
@@ -55,7 +56,7 @@ def train(
     ] = False,
     force: Annotated[bool, typer.Option("--force", help="Replace the run.")] = False,
 ) -> None:
-    """Fit a model to a folder of pictures or an array."""
+    """Fit a model to a folder of images or an array."""
     require_extra("train", "torch", "safetensors", "tensorboard")
     sleep_when_idle()
     from vsc_training.config import load_recipe
@@ -97,7 +98,7 @@ def train(
 @app.command("eval")
 def evaluate(
     run: Annotated[Path, typer.Argument(help="Folder that `vsc train` wrote.")],
-    data: Annotated[Path, typer.Argument(help="Folder of pictures, .npz or .npy to measure on.")],
+    data: Annotated[Path, typer.Argument(help="Folder of images, .npz or .npy to measure on.")],
     *,
     reference: Annotated[
         Path | None, typer.Option(help="Data to search neighbours in (default: half of DATA).")
@@ -110,7 +111,7 @@ def evaluate(
     ] = None,
     iwae_samples: Annotated[int, typer.Option(help="Draws of the bound.", min=1)] = 50,
     seed: Annotated[int, typer.Option(help="Seed of choices and noise.", min=0)] = 0,
-    device: Annotated[str, typer.Option(help="auto, cpu or cuda.")] = "auto",
+    device: DeviceOption = "auto",
     threads: Annotated[
         int, typer.Option(help="CPU threads (0: torch chooses).", min=0, max=1024)
     ] = 0,
@@ -121,7 +122,7 @@ def evaluate(
     sleep_when_idle()
     from vsc_training.evaluation.evaluate import evaluate_run
 
-    figures = evaluate_run(
+    evaluation = evaluate_run(
         run,
         data,
         reference=reference,
@@ -131,7 +132,7 @@ def evaluate(
         device=_device(device, threads),
         seed=seed,
     )
-    text = json.dumps(figures.to_json(), indent=2) if as_json else figures.table()
+    text = json.dumps(evaluation.to_json(), indent=2) if as_json else evaluation.table()
     sys.stdout.write(text + "\n")
 
 
@@ -168,16 +169,16 @@ def _embed(
 ) -> "Examples":
     from vsc_serve.errors import UsageError
     from vsc_training.backbone import Backbone
-    from vsc_training.data import embed_examples, find_pictures
+    from vsc_training.data import embed_examples, find_images
 
     if size is not None:
-        raise UsageError("--size: the file beside --backbone says what pictures become")
+        raise UsageError("--size: the file beside --backbone says what images become")
     require_extra("train,cpu", "onnxruntime")
     _check_exportable(file, talk)
     backbone = Backbone.open(file, threads=threads)
     spec = backbone.spec
     talk("backbone", f"{file}: {spec.pixel_spec} to {spec.dim}, sha256 {spec.sha256[:12]}")
-    sources = find_pictures(path)
+    sources = find_images(path)
     with progress("embed", len(sources), "images") as shown:
         examples = embed_examples(path, sources, backbone, shown.update)
     _say_data(path, examples, talk)
@@ -225,17 +226,14 @@ def _say_model(
     )
 
 
-def _device(choice: str, threads: int) -> Any:
+def _device(choice: Device, threads: int) -> Any:
     import torch
 
-    from vsc_serve.errors import UsageError
     from vsc_training.device import choose_device
 
-    if choice not in ("auto", "cpu", "cuda"):
-        raise UsageError(f"--device must be auto, cpu or cuda, not {choice}")
     if threads:
         torch.set_num_threads(threads)
-    return choose_device(choice)  # type: ignore[arg-type]  # checked above
+    return choose_device(choice)
 
 
 def _keep_quiet(_label: str, _text: str) -> None:

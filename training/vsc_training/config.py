@@ -5,6 +5,7 @@ field.
 """
 
 import difflib
+import logging
 import tomllib
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, fields, replace
@@ -19,9 +20,11 @@ Likelihood = Literal["auto", "bernoulli", "gaussian"]
 SpikeEstimator = Literal["straight_through", "relaxed", "hard_concrete"]
 Classifier = Literal["softmax", "sigmoid"]
 Sparsity = Literal["per_latent", "global"]
-Interpolation = Literal["variance", "deviation", "geometric"]
+Interpolation = Literal["variance", "standard_deviation", "geometric"]
 Precision = Literal["auto", "float32", "bfloat16"]
 OnCollapse = Literal["stop", "warn"]
+
+logger = logging.getLogger(__name__)
 
 BUILT_IN: Final = ("sparse", "paper")
 
@@ -176,13 +179,14 @@ def load_recipe(name: str, overrides: Sequence[str] = (), *, active: float | Non
         return recipe
     if not 0 < active < recipe.latent_dim:
         raise UsageError(
-            f"--active must be above 0 and below {recipe.latent_dim} (the latents), not {active:g}"
+            f"`active` must be above 0 and below {recipe.latent_dim} (the latents), not {active:g}"
         )
     return replace(recipe, alpha=active / recipe.latent_dim)
 
 
 def recipe_from(values: Mapping[str, Any], *, where: str) -> Recipe:
     """Build a recipe from a table of fields. Raises UsageError; `where` says which table."""
+    values = _renamed(values)
     known = [field.name for field in fields(Recipe)]
     for key in values:
         if key not in known:
@@ -190,6 +194,14 @@ def recipe_from(values: Mapping[str, Any], *, where: str) -> Recipe:
             hint = f"Did you mean {near[0]}?" if near else f"Known: {', '.join(known)}."
             raise UsageError(f"{where}: no field {key!r}. {hint}")
     return Recipe(**values)
+
+
+def _renamed(values: Mapping[str, Any]) -> Mapping[str, Any]:
+    """Return the fields with the names of today, for recipes of an earlier release."""
+    if values.get("interpolation") != "deviation":
+        return values
+    logger.warning("recipe: interpolation = deviation is called standard_deviation now")
+    return {**values, "interpolation": "standard_deviation"}
 
 
 def _read_toml(name: str) -> dict[str, Any]:
@@ -200,20 +212,20 @@ def _read_toml(name: str) -> dict[str, Any]:
             text = Path(name).read_text(encoding="utf-8")
         except (OSError, UnicodeDecodeError) as error:
             raise UsageError(
-                f"--recipe {name}: not one of {', '.join(BUILT_IN)}, and no readable file"
+                f"`recipe` {name}: not one of {', '.join(BUILT_IN)}, and no readable file"
                 f" ({error})."
             ) from error
     try:
         return tomllib.loads(text)
     except tomllib.TOMLDecodeError as error:
-        raise UsageError(f"--recipe {name}: not TOML ({error}).") from error
+        raise UsageError(f"`recipe` {name}: not TOML ({error}).") from error
 
 
 def _parse_override(text: str) -> tuple[str, Any]:
     """Read `key=value`; the value is TOML, a number as one writes it (`.01`), or a plain word."""
     key, separator, value = text.partition("=")
     if not separator:
-        raise UsageError(f"--set {text}: expected key=value, for example --set alpha=0.02")
+        raise UsageError(f"`overrides` {text}: expected key=value, for example alpha=0.02")
     try:
         return key.strip(), tomllib.loads(f"value = {value}")["value"]
     except tomllib.TOMLDecodeError:

@@ -1,4 +1,4 @@
-"""Read training data into one array: a folder of pictures, or pixels or vectors in npz or npy.
+"""Read training data into one array: a folder of images, or pixels or vectors in npz or npy.
 
 Images go through `vsc_serve.images.to_pixels`, the function that serves them later. Whether an
 example is for training or validation depends on its content alone, so copies of an image never lie
@@ -28,16 +28,16 @@ from vsc_training.model import DataSpec
 logger = logging.getLogger(__name__)
 
 _MANY_GREY: Final = 200
-"""Grey pictures before the first one in colour, from which on that is worth a warning."""
+"""Grey images before the first one in colour, from which on that is worth a warning."""
 _LARGEST_NATURAL_SIDE: Final = 64
-"""Pictures of one size up to this side keep it; all others become squares of this side."""
+"""Images of one size up to this side keep it; all others become squares of this side."""
 _SIDE_STEP: Final = 8
 """Sides are cut to a multiple of this, so that convolutions can halve them."""
 _EMBEDDED_AT_ONCE: Final = 256
-"""Pictures in memory while a backbone embeds them."""
-_KEPT_PICTURES: Final = 256
+"""Images in memory while a backbone embeds them."""
+_KEPT_IMAGES: Final = 256
 _KEPT_BYTES: Final = 32_000_000
-"""Bounds of the pictures that are kept for the export's comparison."""
+"""Bounds of the images that are kept for the export's comparison."""
 _CHECKED_AT_ONCE: Final = 4096
 _LARGEST_VALUE: Final = 1e15
 """Largest value of a vector: training squares values and adds thousands of squares in float32."""
@@ -58,8 +58,8 @@ class Examples:
     """Class of each row, where class folders or the file say so."""
     bad: Sequence[BadImage] = ()
     """Files that could not be read."""
-    pictures: NDArray[np.uint8] | None = None
-    """Pixels of some of the pictures, where the rows are their embeddings."""
+    images: NDArray[np.uint8] | None = None
+    """Pixels of some of the images, where the rows are their embeddings."""
 
     def fingerprint(self) -> str:
         """Return a digest of all rows, to tell whether a run goes on with the same data."""
@@ -84,9 +84,9 @@ def load_examples(path: Path, *, size: int | None = None) -> Examples:
     """Read training data.
 
     Args:
-        path: A folder of pictures (class folders give labels), or an `.npz` or `.npy` file with
+        path: A folder of images (class folders give labels), or an `.npz` or `.npy` file with
             uint8 images (count, height, width[, channels]) or float vectors (count, dimensions).
-        size: Side of the square that pictures become; None chooses it from the pictures.
+        size: Side of the square that images become; None chooses it from the images.
 
     Returns:
         The examples, checked: at least two, not all alike, finite.
@@ -100,38 +100,38 @@ def load_examples(path: Path, *, size: int | None = None) -> Examples:
     elif path.suffix in SUFFIXES and path.is_file():
         if size is not None:
             raise UsageError(
-                "--size is for folders of pictures; the pixels of a file stay as they are"
+                "`size` is for folders of images; the pixels of a file stay as they are"
             )
         examples = _load_file(path)
     else:
-        raise UsageError(f"{path}: no folder of pictures and no .npz or .npy file. Check the path.")
+        raise UsageError(f"{path}: no folder of images and no .npz or .npy file. Check the path.")
     _check_rows(path, examples.rows)
     return examples
 
 
-def find_pictures(folder: Path) -> list[Source]:
+def find_images(folder: Path) -> list[Source]:
     """Return the image files of a folder. Raises UsageError when there is none."""
     if not folder.is_dir():
-        raise UsageError(f"{folder}: no folder of pictures, which is what --backbone embeds.")
+        raise UsageError(f"{folder}: no folder of images, which is what `backbone` embeds.")
     return list(find_sources([str(folder)]))
 
 
 def embed_examples(
     folder: Path, sources: Sequence[Source], backbone: Backbone, report: Callable[[int], None]
 ) -> Examples:
-    """Read the pictures of a folder as embeddings; their pixels do not stay in memory.
+    """Read the images of a folder as embeddings; their pixels do not stay in memory.
 
     Args:
         folder: Where they lie; class folders give labels.
-        sources: The pictures, as `find_pictures` gives them.
+        sources: The images, as `find_images` gives them.
         backbone: What embeds them.
-        report: Is told how many pictures are done.
+        report: Is told how many images are done.
 
     Returns:
-        The embeddings, checked as `load_examples` checks, with the pixels of some pictures.
+        The embeddings, checked as `load_examples` checks, with the pixels of some images.
 
     Raises:
-        UsageError: No usable picture.
+        UsageError: No usable image.
         InputError: The backbone gives values that are not finite, or all alike.
     """
     vectors, kept = [], []
@@ -148,24 +148,24 @@ def embed_examples(
         report(start + len(chunk))
     _require_one(folder, len(sources), ids, bad)
     spec = DataSpec(input_dim=backbone.spec.dim, backbone=backbone.spec)
-    rows, pictures = np.concatenate(vectors), np.concatenate(kept)
+    rows, images = np.concatenate(vectors), np.concatenate(kept)
     _check_rows(folder, rows)
-    return Examples(rows, ids, spec, _checked_labels(folder, ids), bad, pictures)
+    return Examples(rows, ids, spec, _checked_labels(folder, ids), bad, images)
 
 
 def _kept_count(spec: PixelSpec) -> int:
-    """Return how many pictures are kept for the export's comparison."""
-    return max(1, min(_KEPT_PICTURES, _KEPT_BYTES // (spec.height * spec.width * spec.channels)))
+    """Return how many images are kept for the export's comparison."""
+    return max(1, min(_KEPT_IMAGES, _KEPT_BYTES // (spec.height * spec.width * spec.channels)))
 
 
 def choose_pixel_spec(sources: Sequence[Source], size: int | None) -> PixelSpec:
-    """Choose size and colour from the headers of the pictures.
+    """Choose size and colour from the headers of the images.
 
     Grey when all of them are grey. Their own size when all have the same one and it is at most
-    64x64, else a square of 64; sides of colour pictures are multiples of 8.
+    64x64, else a square of 64; sides of colour images are multiples of 8.
 
     Args:
-        sources: The pictures. All headers are read, until no further one can change the choice.
+        sources: The images. All headers are read, until no further one can change the choice.
         size: Side of a square, in place of the choice.
     """
     is_grey, sizes = _survey(sources)
@@ -179,11 +179,11 @@ def choose_pixel_spec(sources: Sequence[Source], size: int | None) -> PixelSpec:
     try:
         return PixelSpec(height=height, width=width, channels=1 if is_grey else 3)
     except ValueError as error:
-        raise UsageError(f"--size: {error}") from error
+        raise UsageError(f"`size`: {error}") from error
 
 
 def _survey(sources: Sequence[Source]) -> tuple[bool, set[tuple[int, int]]]:
-    """Return whether all pictures are grey, and their sizes, as far as these can matter."""
+    """Return whether all images are grey, and their sizes, as far as these can matter."""
     sizes: set[tuple[int, int]] = set()
     grey_count, is_colour = 0, False
     for source in sources:
@@ -198,7 +198,7 @@ def _survey(sources: Sequence[Source]) -> tuple[bool, set[tuple[int, int]]]:
             is_colour = True
             if grey_count >= _MANY_GREY:
                 logger.warning(
-                    "%s is in colour and the %d pictures before it are grey: all are read as"
+                    "%s is in colour and the %d images before it are grey: all are read as"
                     " colour, with a network for colour. Keep the two kinds apart if that is not"
                     " meant.",
                     source.id,
@@ -224,7 +224,7 @@ def _load_folder(folder: Path, size: int | None) -> Examples:
     require_memory_for(
         len(sources) * prod(spec.shape),
         f"{folder}: {len(sources):,} images of {spec}",
-        "ask for a smaller --size, or use fewer images",
+        "ask for a smaller `size`, or use fewer images",
     )
     pixels, ids, bad = read_images(sources, spec)
     _require_one(folder, len(sources), ids, bad)
@@ -250,7 +250,7 @@ def _checked_labels(folder: Path, ids: Sequence[str]) -> NDArray[np.int64] | Non
 
 
 def _folder_labels(ids: Sequence[str]) -> NDArray[np.int64] | None:
-    """Number the class folders in sorted order; None unless each picture lies in one of several."""
+    """Number the class folders in sorted order; None unless each image lies in one of several."""
     classes = sorted({identity.split("/")[0] for identity in ids if "/" in identity})
     if len(classes) < 2 or any("/" not in identity for identity in ids):
         return None
@@ -259,13 +259,13 @@ def _folder_labels(ids: Sequence[str]) -> NDArray[np.int64] | None:
 
 
 def _refuse_empty_class(folder: Path, ids: Sequence[str]) -> None:
-    """Raise InputError for a class folder without a readable picture: a copy that went wrong."""
+    """Raise InputError for a class folder without a readable image: a copy that went wrong."""
     used = {identity.split("/")[0] for identity in ids}
     for path in sorted(folder.iterdir()):
         if path.is_dir() and not is_junk(path.name) and path.name not in used:
             raise InputError(
-                f"{path}: a class folder without a readable picture."
-                " Add pictures, or remove the folder."
+                f"{path}: a class folder without a readable image."
+                " Add images, or remove the folder."
             )
 
 

@@ -18,8 +18,8 @@ def choose_device(choice: DeviceChoice) -> torch.device:
     is_there = torch.cuda.is_available()
     if choice == "cuda" and not is_there:
         raise DeviceError(
-            f"--device cuda: torch {torch.__version__} sees no CUDA device."
-            " Check nvidia-smi and that torch is a CUDA build, or use --device cpu."
+            f"`device=cuda`: torch {torch.__version__} sees no CUDA device."
+            " Check nvidia-smi and that torch is a CUDA build, or use `device=cpu`."
         )
     return torch.device("cuda" if is_there and choice != "cpu" else "cpu")
 
@@ -43,9 +43,9 @@ def _processor_flags() -> set[str]:
     return set(next((line.split() for line in lines if line.startswith("flags")), []))
 
 
-def autocast(device: torch.device, *, half: bool) -> AbstractContextManager[None]:
-    """Return a context in which matrix products run in bfloat16 when `half` says so."""
-    return torch.autocast(device.type, torch.bfloat16, enabled=half)
+def autocast(device: torch.device, *, bf16: bool) -> AbstractContextManager[None]:
+    """Return a context in which matrix products run in bfloat16 when `bf16` says so."""
+    return torch.autocast(device.type, torch.bfloat16, enabled=bf16)
 
 
 @contextmanager

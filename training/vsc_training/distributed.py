@@ -36,7 +36,7 @@ class Group:
         if len(numbers) % self.size:
             raise UsageError(
                 f"a batch of {len(numbers)} cannot be shared by {self.size} processes:"
-                f" --set batch_size={len(numbers) // self.size * self.size or self.size}"
+                f" `recipe.batch_size={len(numbers) // self.size * self.size or self.size}`"
             )
         return numbers[self.rank :: self.size]
 

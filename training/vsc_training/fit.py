@@ -139,17 +139,17 @@ class _Run:
 
     def _what_is_left(self) -> str:
         if not (self.path / CHECKPOINT).is_file():
-            return "There is no checkpoint yet: train again with another recipe and --force."
+            return "There is no checkpoint yet: train again with another recipe and `force=True`."
         step = load_checkpoint(self.path).state.step
         return (
-            f"The checkpoint of step {step} is kept: go on from it with --resume and a lower"
-            " --set learning_rate=, or train again with --force."
+            f"The checkpoint of step {step} is kept: go on from it with `resume=True` and a lower"
+            " `recipe.learning_rate`, or train again with `force=True`."
         )
 
     def _tell(self, terms: Terms) -> None:
         if self.log is None:
             return
-        step, metrics = self.trainer.step, terms.figures()
+        step, metrics = self.trainer.step, terms.metrics()
         self.log.add(step, metrics, warmup_factor(step - 1, self.trainer.recipe))
         self.report(step, f"loss {metrics['loss']:.1f}  active {metrics['active']:.1f}")
 

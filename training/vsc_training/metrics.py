@@ -1,4 +1,4 @@
-"""Figures of a model on data: what is active, what has died, what the codes lose."""
+"""Metrics of a model on data: what is active, what has died, what the codes lose."""
 
 import math
 from collections.abc import Iterator
@@ -42,7 +42,7 @@ _REMEDY: Final = {"input_dropout": 0.3, "weight_decay": 1.0}
 
 @dataclass(frozen=True, kw_only=True)
 class Health:
-    """Figures of the deterministic codes of a set of images, and the bound beside them."""
+    """Metrics of the deterministic codes of a set of images, and the bound beside them."""
 
     images: int
     """Images measured."""
@@ -70,7 +70,7 @@ class Health:
     """Squared error per image of the reconstruction from the deterministic code."""
 
     def to_json(self) -> dict[str, Any]:
-        """Return the figures, rounded to what they are worth."""
+        """Return the metrics, rounded to what they are worth."""
         return {
             name: round(value, 5) if isinstance(value, float) else value
             for name, value in asdict(self).items()
@@ -221,15 +221,15 @@ def find_overfit(held_out: Health, trained: Health, recipe: Recipe) -> str | Non
     """Say how much worse a model is on what it has not seen, and what to change, or None.
 
     Args:
-        held_out: Figures on examples that were kept out of training.
-        trained: Figures on examples of the training.
+        held_out: Metrics on examples that were kept out of training.
+        trained: Metrics on examples of the training.
         recipe: What to change is said beside what it is.
     """
     limit = _MAX_ERROR_RATIO * trained.squared_error
     if held_out.images < _MIN_HELD_OUT or held_out.squared_error <= limit:
         return None
     raised = [
-        f"--set {name}={value:g} (now {getattr(recipe, name):g})"
+        f"`recipe.{name}={value:g}` (now {getattr(recipe, name):g})"
         for name, value in _REMEDY.items()
         if getattr(recipe, name) < value
     ]

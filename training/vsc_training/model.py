@@ -34,11 +34,11 @@ class DataSpec:
     """What the model is fitted to: images of one shape, or vectors of one length."""
 
     pixel_spec: PixelSpec | None = None
-    """How a picture becomes pixels. None for vectors."""
+    """How an image becomes pixels. None for vectors."""
     input_dim: int | None = None
     """Length of a vector. None for images."""
     backbone: BackboneSpec | None = None
-    """What made the vectors out of pictures, where training did that itself."""
+    """What made the vectors out of images, where training did that itself."""
 
     @property
     def shape(self) -> tuple[int, ...]:
@@ -88,14 +88,14 @@ class VSC(nn.Module):
         self.center: Tensor
         self.scale: Tensor
 
-    def encode(self, examples: Tensor, shown: Tensor | None = None) -> Posterior:
+    def encode(self, examples: Tensor, input_mask: Tensor | None = None) -> Posterior:
         """Return the posterior of each example, in float32.
 
         Args:
             examples: Shape (images, *shape).
-            shown: Factors of the scaled examples, same shape: 0 where training hides a value.
+            input_mask: Factors of the scaled examples, same shape: 0 where training hides a value.
         """
-        return self._encode_scaled(self._seen(examples, shown))
+        return self._encode_scaled(self._seen(examples, input_mask))
 
     def prior(self) -> Posterior:
         """Return the posteriors of the pseudo-inputs, spike probabilities sharpened."""
@@ -104,10 +104,10 @@ class VSC(nn.Module):
         )
 
     def encode_with_prior(
-        self, examples: Tensor, shown: Tensor | None = None
+        self, examples: Tensor, input_mask: Tensor | None = None
     ) -> tuple[Posterior, Posterior]:
-        """Return `encode(examples, shown)` and `prior()`, with one pass for both where it pays."""
-        parts = self._seen(examples, shown), self._scaled_pseudo_inputs()
+        """Return `encode(...)` and `prior()`, with one pass for both where it pays."""
+        parts = self._seen(examples, input_mask), self._scaled_pseudo_inputs()
         both = self._heads(encode_both(self.encoder, *parts))
         q, prior = zip(*(part.tensor_split((len(examples),)) for part in both), strict=True)
         return Posterior(*q), sharpen(Posterior(*prior), self.recipe.prior_sharpness)
@@ -155,8 +155,8 @@ class VSC(nn.Module):
         if self.data.modality == "image":
             return
         self.center.copy_(examples.mean(0))
-        deviation = (examples - self.center).square().mean().sqrt()
-        self.scale.copy_(deviation if deviation > 0 else torch.ones_like(deviation))
+        std = (examples - self.center).square().mean().sqrt()
+        self.scale.copy_(std if std > 0 else torch.ones_like(std))
 
     @torch.no_grad()
     def start_pseudo_inputs(self, examples: Tensor) -> None:
@@ -188,9 +188,9 @@ class VSC(nn.Module):
             F.hardtanh(logvar, *LOGVAR_RANGE),
         )
 
-    def _seen(self, examples: Tensor, shown: Tensor | None) -> Tensor:
+    def _seen(self, examples: Tensor, input_mask: Tensor | None) -> Tensor:
         scaled = self._scaled(examples)
-        return scaled if shown is None else scaled * shown
+        return scaled if input_mask is None else scaled * input_mask
 
     def _scaled(self, examples: Tensor) -> Tensor:
         return (examples - self.center) / self.scale if self.data.modality == "vector" else examples

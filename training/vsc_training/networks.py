@@ -135,13 +135,13 @@ def _conv_plan(shape: tuple[int, int, int], width: int) -> tuple[list[int], tupl
             raise UsageError(
                 f"a convolutional network cannot halve {shape[1]}x{shape[0]} down to 4: use a"
                 " size such as 32 or"
-                " 64 (--size), or --set network=mlp"
+                " 64 (`size`), or `recipe.network=mlp`"
             )
         height, columns = height // 2, columns // 2
         widths.append(width * 2 ** len(widths))
     if not widths:
         raise UsageError(
             f"a convolutional network needs sides over 4 pixels, not {shape[1]}x{shape[0]}:"
-            " use --set network=mlp"
+            " use `recipe.network=mlp`"
         )
     return widths, (height, columns)

@@ -36,7 +36,7 @@ def read_graph(path: Path) -> onnx.ModelProto:
         InputError: It is no ONNX file, or its weights are missing, cut short, too large or outside.
     """
     if not path.is_file():
-        raise UsageError(f"--backbone {path}: no such file. Check the path.")
+        raise UsageError(f"`backbone` {path}: no such file. Check the path.")
     try:
         graph = onnx.load(path, load_external_data=False)
     except Exception as error:  # protobuf and onnx raise their own classes

@@ -40,18 +40,18 @@ def check_resume(run: Path, state: RunState, recipe: Recipe, fingerprint: str) -
     if fixed := [name for name in changes if name not in CHANGEABLE]:
         raise UsageError(
             f"{run}: began with another recipe (differs in {', '.join(fixed)}); only"
-            f" {', '.join(CHANGEABLE)} may change. Resume without these in --set and --recipe, or"
-            " train into another --out."
+            f" {', '.join(CHANGEABLE)} may change. Resume without them in `overrides` and `recipe`,"
+            " or train into another `out`."
         )
     if recipe.steps < state.step:
         raise UsageError(
             f"{run}: {state.step} steps are done, so steps={recipe.steps} is too few. Give more, or"
-            " train into another --out."
+            " train into another `out`."
         )
     if state.data_fingerprint != fingerprint:
         raise UsageError(
             f"{run}: began on other data (fingerprint {state.data_fingerprint}, now"
             f" {fingerprint})."
-            " Give the same data, or train into another --out."
+            " Give the same data, or train into another `out`."
         )
     return changes

@@ -88,7 +88,7 @@ class RunLog:
     def _cannot_write(self, error: OSError) -> InputError:
         return InputError(
             f"{self._path.parent}: cannot be written ({error.strerror or error}). Make room there"
-            " and go on with --resume: the last checkpoint is whole."
+            " and go on with `resume=True`: the last checkpoint is whole."
         )
 
 

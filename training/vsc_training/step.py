@@ -26,7 +26,7 @@ from vsc_training.warmup import draw_slab, warmup_factor
 
 
 class Terms(NamedTuple):
-    """The objective and its terms, scalars in nats per image, and what figures are taken from."""
+    """The objective and its terms, scalars in nats per image, and what metrics are taken from."""
 
     loss: Tensor
     """What is minimised."""
@@ -43,7 +43,7 @@ class Terms(NamedTuple):
     weights: Tensor
     """Classifier weights, shape (images, pseudo-inputs)."""
 
-    def figures(self) -> dict[str, float]:
+    def metrics(self) -> dict[str, float]:
         """Return the scalars, with what is measured only for those who look.
 
         `selection` is the cost of choosing the pseudo-input by the image; `active` counts the
@@ -80,7 +80,7 @@ class Draw(NamedTuple):
     """Warm-up factor."""
     progress: float | Tensor
     """Share of the steps that is done."""
-    shown: Tensor | None
+    input_mask: Tensor | None
     """Factors of what the encoder sees, shape of the batch; None: it sees everything."""
 
 
@@ -104,13 +104,15 @@ def draw_noise(
     shape, device = (batch[0], recipe.latent_dim), generator.device
     uniform = torch.rand(shape, generator=generator, device=device)
     noise = torch.randn(shape, generator=generator, device=device)
-    shown = draw_shown(batch, recipe.input_dropout, generator) if recipe.input_dropout else None
+    input_mask = (
+        draw_input_mask(batch, recipe.input_dropout, generator) if recipe.input_dropout else None
+    )
     if table is None:
-        return Draw(uniform, noise, warmup_factor(step, recipe), progress(step, recipe), shown)
-    return Draw(uniform, noise, *table.at(step), shown)
+        return Draw(uniform, noise, warmup_factor(step, recipe), progress(step, recipe), input_mask)
+    return Draw(uniform, noise, *table.at(step), input_mask)
 
 
-def draw_shown(batch: torch.Size, hidden_share: float, generator: torch.Generator) -> Tensor:
+def draw_input_mask(batch: torch.Size, hidden_share: float, generator: torch.Generator) -> Tensor:
     """Draw which values the encoder sees, as factors: 0, or what keeps the mean as it is.
 
     Dropout of the input (Srivastava et al. 2014, section 4); as a change of the bound, the
@@ -125,29 +127,29 @@ def draw_shown(batch: torch.Size, hidden_share: float, generator: torch.Generato
     hidden_bytes = min(max(round(256 * hidden_share), 1), 255)
     words = torch.empty(-(-batch.numel() // 8), dtype=torch.int64, device=generator.device)
     drawn = words.random_(-(2**63), None, generator=generator).view(torch.uint8)
-    shown = (drawn[: batch.numel()] >= hidden_bytes).view(batch)
-    return shown.float() * (256 / (256 - hidden_bytes))
+    input_mask = (drawn[: batch.numel()] >= hidden_bytes).view(batch)
+    return input_mask.float() * (256 / (256 - hidden_bytes))
 
 
-def objective_terms(model: VSC, examples: Tensor, draw: Draw, *, half: bool) -> Terms:
+def objective_terms(model: VSC, examples: Tensor, draw: Draw, *, bf16: bool) -> Terms:
     """Compute the objective of one batch.
 
-    Matrix products of the networks run in bfloat16 when `half` says so; spike logits, divergences
+    Matrix products of the networks run in bfloat16 when `bf16` says so; spike logits, divergences
     and likelihoods are float32 always.
 
     Args:
         model: The model.
         examples: One batch, shape (images, *shape).
         draw: Noise and the place in the run.
-        half: Whether matrix products may run in bfloat16.
+        bf16: Whether matrix products may run in bfloat16.
     """
     recipe = model.recipe
-    with autocast(examples.device, half=half):
-        q, prior = model.encode_with_prior(examples, draw.shown)
+    with autocast(examples.device, bf16=bf16):
+        q, prior = model.encode_with_prior(examples, draw.input_mask)
         weights = model.weights(examples)
     spike = draw_spike(q.spike_logit, draw.uniform, recipe, draw.progress)
     z = spike * draw_slab(q.mu, q.logvar, draw.noise, draw.lam, recipe.interpolation)
-    with autocast(examples.device, half=half):
+    with autocast(examples.device, bf16=bf16):
         reconstruction = model.nll(z, examples).mean()
     kl = kl_prior(q, prior, weights).mean()
     if recipe.sparsity == "per_latent":
@@ -182,7 +184,7 @@ class Objective(nn.Module):
         self._terms = compiled_terms(device) if is_compiled else objective_terms
 
     def forward(
-        self, examples: Tensor, step: int, generator: torch.Generator, *, half: bool
+        self, examples: Tensor, step: int, generator: torch.Generator, *, bf16: bool
     ) -> Terms:
         """Draw the noise of a step and compute the terms of one batch.
 
@@ -193,10 +195,10 @@ class Objective(nn.Module):
             examples: One batch, shape (images, *shape).
             step: Optimiser steps done.
             generator: Source of the noise.
-            half: Whether matrix products may run in bfloat16.
+            bf16: Whether matrix products may run in bfloat16.
         """
         draw = draw_noise(self.model.recipe, examples.shape, step, generator, self._table)
-        return self._terms(self.model, examples, draw, half=half)
+        return self._terms(self.model, examples, draw, bf16=bf16)
 
 
 def compiled_terms(device: torch.device) -> Callable[..., Terms]:
@@ -208,7 +210,8 @@ def compiled_terms(device: torch.device) -> Callable[..., Terms]:
     on_cuda = device.type == "cuda"
     if not on_cuda and not shutil.which(os.environ.get("CXX", "g++")):
         raise UsageError(
-            "--compile needs a C++ compiler (apt install g++). Without --compile none is needed."
+            "`is_compiled` needs a C++ compiler (apt install g++). Without `is_compiled`, none is"
+            " needed."
         )
     from torch._dynamo.exc import BackendCompilerFailed  # a second of imports
 
@@ -223,8 +226,9 @@ def compiled_terms(device: torch.device) -> Callable[..., Terms]:
             return compiled(*arguments, **named)
         except BackendCompilerFailed as error:
             raise UsageError(
-                f"--compile: the compiler failed ({str(error).splitlines()[0]}). Leave --compile"
-                " away, or install what it misses (g++, and the headers of Python: python3-dev)."
+                f"`is_compiled`: the compiler failed ({str(error).splitlines()[0]}). Leave"
+                " `is_compiled` away, or install what it misses (g++, and the headers of"
+                " Python: python3-dev)."
             ) from error
 
     return terms

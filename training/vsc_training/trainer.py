@@ -1,7 +1,7 @@
 """One run in progress: model, optimiser, noise and the place in the data.
 
 Everything random comes from the recipe's seed: weights, the order of the examples (a permutation of
-each epoch, see `feed.BatchOrder`) and the noise (one generator, saved in checkpoints).
+each epoch, see `dataset.BatchOrder`) and the noise (one generator, saved in checkpoints).
 """
 
 import logging
@@ -16,9 +16,9 @@ from vsc_serve.errors import UsageError
 from vsc_training.checkpoint import Checkpoint, RunState, optimizer_tensors, restore_optimizer
 from vsc_training.config import Recipe
 from vsc_training.data import Examples
+from vsc_training.dataset import BatchOrder, DeviceDataset, batch_source
 from vsc_training.device import repeatable_kernels, uses_bfloat16
 from vsc_training.distributed import Group, gather_states
-from vsc_training.feed import BatchOrder, Feed, batch_source
 from vsc_training.finite import FiniteGuard
 from vsc_training.memory import model_bytes, require_memory
 from vsc_training.metrics import Health, measure_health
@@ -66,8 +66,8 @@ class Trainer:
         self.train_numbers, self.check_numbers = _split(examples, recipe)
         require_memory(recipe, examples.spec, device)
         needed = model_bytes(recipe, examples.spec, device)
-        self.feed = Feed.of(examples.rows, device, needed_bytes=needed)
-        self.half = uses_bfloat16(recipe, device)
+        self.dataset = DeviceDataset.of(examples.rows, device, needed_bytes=needed)
+        self.bf16 = uses_bfloat16(recipe, device)
         with torch.random.fork_rng(devices=[]):
             torch.manual_seed(recipe.seed)
             self.model = VSC(recipe, examples.spec)
@@ -81,18 +81,20 @@ class Trainer:
         )
         self.guard = FiniteGuard(recipe, device)
         self.order = BatchOrder(
-            self.train_numbers, recipe.batch_size, recipe.seed, self.feed.index_device
+            self.train_numbers, recipe.batch_size, recipe.seed, self.dataset.index_device
         )
         first = self.order.epoch(0)
         if examples.spec.modality == "vector":
-            self.feed = self._bounded(self.feed.take(first[:_CHECK_IMAGES]))
-        self.model.set_scaling(self.feed.take(first[:_CHECK_IMAGES]))
+            self.dataset = self._bounded(self.dataset.take(first[:_CHECK_IMAGES]))
+        self.model.set_scaling(self.dataset.take(first[:_CHECK_IMAGES]))
         self.model.start_spikes(_spike_start(self.model))
         picked = first.repeat(-(-recipe.pseudo_inputs // len(first)))[: recipe.pseudo_inputs]
-        self.model.start_pseudo_inputs(self.feed.take(picked))
-        self._batch = batch_source(self.feed, self._own_numbers)
+        self.model.start_pseudo_inputs(self.dataset.take(picked))
+        self._batch = batch_source(self.dataset, self._own_numbers)
         if is_compiled and self.group.size > 1:
-            raise UsageError("--compile is for one process: leave it away, or do without torchrun")
+            raise UsageError(
+                "`is_compiled` is for one process: leave it away, or do without torchrun"
+            )
         self._objective: Objective | DistributedDataParallel = Objective(
             self.model, is_compiled=is_compiled
         )
@@ -136,7 +138,7 @@ class Trainer:
         # Before the forward pass: a compiled step on a GPU writes over the gradients of the last.
         self.optimizer.zero_grad(set_to_none=True)
         with repeatable_kernels():
-            terms: Terms = self._objective(examples, self.step, generator, half=self.half)
+            terms: Terms = self._objective(examples, self.step, generator, bf16=self.bf16)
             terms.loss.backward()
         return terms
 
@@ -150,7 +152,9 @@ class Trainer:
         generator = torch.Generator(self.device).manual_seed(self.recipe.seed)
         self.model.eval()
         with repeatable_kernels():
-            health = measure_health(self.model, self.feed.batches(numbers, _CHECK_BATCH), generator)
+            health = measure_health(
+                self.model, self.dataset.batches(numbers, _CHECK_BATCH), generator
+            )
         self.model.train()
         return health
 
@@ -164,7 +168,7 @@ class Trainer:
             recipe=self.recipe,
             data=examples.spec,
             data_fingerprint=fingerprint,
-            figures=health.to_json(),
+            metrics=health.to_json(),
             name=name,
         )
         return Checkpoint(
@@ -174,8 +178,8 @@ class Trainer:
             {str(rank): state_of_rank for rank, state_of_rank in enumerate(states)},
         )
 
-    def _bounded(self, sample: Tensor) -> Feed:
-        """Return the feed with rows that are far drawn in, as a sample shows what that is."""
+    def _bounded(self, sample: Tensor) -> DeviceDataset:
+        """Return the data set with rows that are far drawn in, as a sample shows what that is."""
         bound = Bound.of(sample)
         if bound.far_share > 0 and self.group.is_first:
             logger.warning(
@@ -187,7 +191,7 @@ class Trainer:
                 FAR,
                 bound.farthest,
             )
-        return replace(self.feed, bound=bound)
+        return replace(self.dataset, bound=bound)
 
     def require_finite(self, checkpoint: Checkpoint, health: Health) -> None:
         """Raise NotFinite unless weights, moments and metrics are finite, all of them."""
@@ -206,7 +210,7 @@ class Trainer:
         if len(checkpoint.random) != self.group.size:
             raise UsageError(
                 f"the run began with {len(checkpoint.random)} processes, now there are"
-                f" {self.group.size}: resume with the same number, or train into another --out"
+                f" {self.group.size}: resume with the same number, or train into another `out`"
             )
         self.model.load_state_dict(checkpoint.weights)
         restore_optimizer(self.optimizer, checkpoint.optimizer)
@@ -245,7 +249,7 @@ def _split(examples: Examples, recipe: Recipe) -> tuple[Tensor, Tensor]:
     if len(train) < recipe.batch_size:
         raise UsageError(
             f"{len(train)} training examples are fewer than a batch of {recipe.batch_size}:"
-            f" add examples, or --set batch_size={max(1, len(train) // 2)}"
+            f" add examples, or `recipe.batch_size={max(1, len(train) // 2)}`"
         )
     checked = validation if len(validation) else train
     return torch.from_numpy(train), torch.from_numpy(checked[:_CHECK_IMAGES])

@@ -25,12 +25,12 @@ def warmup_factor(step: int, recipe: Recipe) -> float:
     return max(0.0, (step - start) / max(end - start, 1.0))
 
 
-def slab_deviation(logvar: Tensor, lam: float | Tensor, interpolation: Interpolation) -> Tensor:
+def slab_std(logvar: Tensor, lam: float | Tensor, interpolation: Interpolation) -> Tensor:
     """Return the slab's standard deviation during warm-up.
 
-    `variance` is the paper's text, sqrt(lam sigma^2 + 1 - lam). `deviation` is what a public
-    snippet does, lam sigma + 1 - lam. `geometric` is the authors' code, sigma^lam. They agree at
-    lam = 0 and 1 only.
+    `variance` is the paper's text, sqrt(lam sigma^2 + 1 - lam). `standard_deviation` is what a
+    public snippet does, lam sigma + 1 - lam. `geometric` is the authors' code, sigma^lam. They
+    agree at lam = 0 and 1 only.
 
     Args:
         logvar: Log-variance of the slab, shape (images, latents).
@@ -49,17 +49,17 @@ def slab_deviation(logvar: Tensor, lam: float | Tensor, interpolation: Interpola
 def draw_slab(
     mu: Tensor, logvar: Tensor, noise: Tensor, lam: float | Tensor, interpolation: Interpolation
 ) -> Tensor:
-    """Draw the values of active latents: lam mu + deviation * noise.
+    """Draw the values of active latents: lam mu + standard deviation * noise.
 
     Args:
         mu: Slab means, shape (images, latents).
         logvar: Log-variances, same shape.
         noise: Standard normal noise, same shape.
         lam: Warm-up factor in [0, 1], a number or a scalar tensor.
-        interpolation: See `slab_deviation`.
+        interpolation: See `slab_std`.
     """
     return torch.addcmul(
-        mu if _is_over(lam) else lam * mu, noise, slab_deviation(logvar, lam, interpolation)
+        mu if _is_over(lam) else lam * mu, noise, slab_std(logvar, lam, interpolation)
     )
 
 

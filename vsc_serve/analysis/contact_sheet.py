@@ -1,4 +1,4 @@
-"""One picture that shows what codes keep of images, and what each active feature draws in them.
+"""One image that shows what codes keep of images, and what each active feature draws in them.
 
 A row is an image: the input, the reconstruction of its code, and for each active feature a tile
 with the change that this feature makes in this image.
@@ -44,7 +44,7 @@ _COLOURS: Final = np.array(
 _GREY_LEVEL: Final = 1 / 255
 """Change that gets the strongest colour at least: smaller ones are rounding, not drawing."""
 
-_Picture = NDArray[np.uint8]
+_Pixels = NDArray[np.uint8]
 
 
 @dataclass(frozen=True)
@@ -62,7 +62,7 @@ class _Row:
     """What is drawn for one image."""
 
     id: str
-    pixels: _Picture | None
+    pixels: _Pixels | None
     reconstruction: NDArray[np.float32]
     features: list[_Feature]
     """The most important ones, in descending importance."""
@@ -119,7 +119,7 @@ class _Layout:
 
 
 def draw_contact_sheet(
-    inputs: _Picture | None,
+    inputs: _Pixels | None,
     codes: Codes,
     decoder: Decoder,
     *,
@@ -139,7 +139,7 @@ def draw_contact_sheet(
         max_features: Show at most this many features of an image.
 
     Returns:
-        The sheet, an RGB picture. The same arguments give the same pixels.
+        The sheet, an RGB image. The same arguments give the same pixels.
 
     Raises:
         UsageError: There are no rows to draw, or `max_features` is negative.
@@ -170,7 +170,7 @@ def _look_at(
     number: int,
     decoder: Decoder,
     name: str,
-    inputs: _Picture | None,
+    inputs: _Pixels | None,
     max_features: int,
 ) -> _Row:
     """Decode one code, whole and without each of its features, in one call of the decoder."""
@@ -230,13 +230,13 @@ def _draw_header(pen: ImageDraw.ImageDraw, layout: _Layout) -> None:
     for column, name in enumerate(names):
         pen.text((layout.tile_at(0, column)[0], y), name, _INK, _font())
     last = layout.lead_count + layout.feature_count
-    pen.text((layout.tile_at(0, last)[0], y), "figures", _INK, _font())
+    pen.text((layout.tile_at(0, last)[0], y), "statistics", _INK, _font())
     left, right = _MARGIN_PX, layout.size[0] - _MARGIN_PX
     pen.line((left, y + _LINE_PX, right, y + _LINE_PX), _FRAME)
 
 
 def _draw_labels(pen: ImageDraw.ImageDraw, row: _Row, number: int, layout: _Layout) -> None:
-    """Write the image's id, the number and value of each feature, and the figures of the row."""
+    """Write the image's id, the number and value of each feature, and the statistics of the row."""
     left, top = layout.tile_at(number, 0)
     y = top + layout.tile[1] + 2
     room = layout.lead_count * layout.pitch - _GAP_PX
@@ -248,21 +248,21 @@ def _draw_labels(pen: ImageDraw.ImageDraw, row: _Row, number: int, layout: _Layo
         left, _ = layout.tile_at(number, layout.lead_count)
         pen.text((left, top), "no active feature", _FAINT_INK, _font())
     left, _ = layout.tile_at(number, layout.lead_count + layout.feature_count)
-    for line, text in enumerate(_figures(row)):
+    for line, text in enumerate(_statistics(row)):
         pen.text((left, top + line * _LINE_PX), text, _INK, _font())
 
 
-def _figures(row: _Row) -> list[str]:
-    figures = [f"{row.active_count} active"]
+def _statistics(row: _Row) -> list[str]:
+    statistics = [f"{row.active_count} active"]
     if len(row.features) < row.active_count:
-        figures.append(f"{len(row.features)} shown")
+        statistics.append(f"{len(row.features)} shown")
     if row.squared_error is not None:
-        figures.append(f"error {row.squared_error:.1f}")
-    return figures
+        statistics.append(f"error {row.squared_error:.1f}")
+    return statistics
 
 
 def _draw_legend(pen: ImageDraw.ImageDraw, layout: _Layout, scale: float, *, is_grey: bool) -> None:
-    """Say below the rows what the colours and the figures mean."""
+    """Say below the rows what the colours and the statistics mean."""
     x, y = _MARGIN_PX, layout.size[1] - _MARGIN_PX - 2 * _LINE_PX
     texts = []
     if layout.feature_count:
@@ -289,20 +289,20 @@ def _draw_swatch(pen: ImageDraw.ImageDraw, at: tuple[int, int], change: float, m
 def _paste(
     sheet: Image.Image,
     pen: ImageDraw.ImageDraw,
-    pixels: _Picture,
+    pixels: _Pixels,
     layout: _Layout,
     place: tuple[int, int],
 ) -> None:
     left, top = layout.tile_at(*place)
     width, height = layout.tile
-    picture = Image.fromarray(pixels[:, :, 0] if pixels.shape[2] == 1 else pixels)
-    grows = width >= picture.width
+    image = Image.fromarray(pixels[:, :, 0] if pixels.shape[2] == 1 else pixels)
+    grows = width >= image.width
     how = Image.Resampling.NEAREST if grows else Image.Resampling.BOX
-    sheet.paste(picture.resize((width, height), how), (left, top))
+    sheet.paste(image.resize((width, height), how), (left, top))
     pen.rectangle((left - 1, top - 1, left + width, top + height), outline=_FRAME)
 
 
-def _colour(change: NDArray[np.floating], *, is_grey: bool) -> _Picture:
+def _colour(change: NDArray[np.floating], *, is_grey: bool) -> _Pixels:
     """Turn a change in [-1, 1] into colours: two of them for grey models, else around mid-grey."""
     if not is_grey:
         return _to_bytes(128 + 127 * change)
@@ -310,8 +310,8 @@ def _colour(change: NDArray[np.floating], *, is_grey: bool) -> _Picture:
     return _to_bytes(np.stack(channels, axis=-1))
 
 
-def _to_bytes(levels: NDArray[np.floating]) -> _Picture:
-    rounded: _Picture = np.clip(np.rint(levels), 0, 255).astype(np.uint8)
+def _to_bytes(levels: NDArray[np.floating]) -> _Pixels:
+    rounded: _Pixels = np.clip(np.rint(levels), 0, 255).astype(np.uint8)
     return rounded
 
 

@@ -12,6 +12,8 @@ from vsc_serve.untrusted import is_folder, is_plain, read_plain
 _RUN_SUMMARY: Final = "run.json"
 """Written by `vsc train`; read here as JSON, so that the runtime needs no torch to show a run."""
 _MAX_SUMMARY_BYTES: Final = 2**23
+_OLD_METRICS: Final = "figures"
+"""What runs of an earlier release call their metrics."""
 
 
 def describe(path: Path) -> dict[str, Any]:
@@ -58,7 +60,8 @@ def _describe_bundle(path: Path) -> dict[str, Any]:
 def _describe_run(path: Path) -> dict[str, Any]:
     try:
         stored = load_json(read_plain(path / _RUN_SUMMARY, _MAX_SUMMARY_BYTES))
-        recipe, figures = stored["recipe"], stored["figures"]
+        recipe = stored["recipe"]
+        metrics = stored["metrics"] if "metrics" in stored else stored[_OLD_METRICS]
         return {
             "kind": f"training run, format {stored['format']}",
             "name": stored["name"],
@@ -66,7 +69,7 @@ def _describe_run(path: Path) -> dict[str, Any]:
             "latents": recipe["latent_dim"],
             "alpha": recipe["alpha"],
             "data": stored["data_fingerprint"],
-            **figures,
+            **metrics,
         }
     except (OSError, ValueError, KeyError, TypeError) as error:
         raise InputError(f"{path / _RUN_SUMMARY}: damaged ({error!r}). Train again.") from error

@@ -1,4 +1,4 @@
-"""Write what codes say as pictures: one PNG a row, or a contact sheet."""
+"""Write what codes say as images: one PNG a row, or a contact sheet."""
 
 from collections.abc import Sequence
 from pathlib import Path
@@ -40,9 +40,9 @@ def write_reconstructions(
         How many were written.
 
     Raises:
-        InputError: The model does not draw pictures, or an id cannot be the name of a file.
+        InputError: The model does not draw images, or an id cannot be the name of a file.
     """
-    _require_pictures(decoder.manifest)
+    _require_images(decoder.manifest)
     with atomic_folder(out, RECONSTRUCTIONS) as folder:
         write_marker(folder, _KIND)
         for start in range(0, len(rows), _ROWS_AT_ONCE):
@@ -50,7 +50,7 @@ def write_reconstructions(
             for row, pixels in zip(
                 chosen, to_uint8(decoder.decode(stored.codes[chosen])), strict=True
             ):
-                _save(folder, stored.ids[row], _picture(pixels))
+                _save(folder, stored.ids[row], _image(pixels))
     return len(rows)
 
 
@@ -67,10 +67,10 @@ def write_contact_sheet(
         path: PNG to write.
 
     Raises:
-        InputError: The model does not draw pictures, or an input is not under `images` any more or
+        InputError: The model does not draw images, or an input is not under `images` any more or
             cannot be read.
     """
-    _require_pictures(decoder.manifest)
+    _require_images(decoder.manifest)
     spec = image_spec(decoder.manifest)
     chosen = list(rows)
     ids = [stored.ids[row] for row in chosen]
@@ -83,12 +83,12 @@ def write_contact_sheet(
         sheet.save(file, "PNG")
 
 
-def _require_pictures(manifest: Manifest) -> None:
+def _require_images(manifest: Manifest) -> None:
     """Raise InputError for a model whose decoder gives vectors."""
     image_spec(manifest)
-    if not manifest.draws_pictures:
+    if not manifest.draws_images:
         raise InputError(
-            f"model {manifest.name} reads pictures through a backbone and decodes to the backbone's"
+            f"model {manifest.name} reads images through a backbone and decodes to the backbone's"
             " vectors: there is nothing to draw. `Decoder.decode` gives the vectors."
         )
 
@@ -108,11 +108,11 @@ def _read_input(images: Path, identity: str, decoder: Decoder) -> NDArray[np.uin
         ) from error
 
 
-def _picture(pixels: NDArray[Any]) -> Image.Image:
+def _image(pixels: NDArray[Any]) -> Image.Image:
     return Image.fromarray(pixels[..., 0] if pixels.shape[2] == 1 else pixels)
 
 
-def _save(folder: Path, identity: str, picture: Image.Image) -> None:
+def _save(folder: Path, identity: str, image: Image.Image) -> None:
     """Write the PNG of a row below the folder; an id such as `/a/b.png` becomes `a/b.png.png`.
 
     Raises:
@@ -123,7 +123,7 @@ def _save(folder: Path, identity: str, picture: Image.Image) -> None:
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
         with path.open("xb") as file:
-            picture.save(file, "PNG")
+            image.save(file, "PNG")
     except FileExistsError:
         raise InputError(
             f"id {identity}: its image would take the place of another row's. Draw one with `rows`."

@@ -1,4 +1,4 @@
-"""`vsc decode`: codes to pictures."""
+"""`vsc decode`: codes to images."""
 
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated

@@ -1,7 +1,8 @@
 """Messages of the library, which name parameters, in the words of the command line.
 
 The library writes a parameter in backquotes: `out`, `force=True`, `view="gamma"`. On the command
-line these are --out, --force and --view gamma.
+line these are --out, --force and --view gamma. A field of the recipe, `recipe.alpha=0.02`, is --set
+alpha=0.02.
 """
 
 import logging
@@ -14,13 +15,24 @@ import typer
 from vsc_serve.console import LineFormatter
 
 _PARAMETER: Final = re.compile(r"`([a-z_]+)(?:=([^`\s]+))?`")
-_OTHER_NAMES: Final = {"is_strict": "strict", "is_update": "update", "share": "shard"}
+_RECIPE_FIELD: Final = re.compile(r"`recipe\.([a-z_]+)(?:=([^`\s]+))?`")
+_OTHER_NAMES: Final = {
+    "is_strict": "strict",
+    "is_update": "update",
+    "share": "shard",
+    "is_compiled": "compile",
+    "overrides": "set",
+}
 """Parameters whose option has another name."""
 
 
 def as_options(text: str) -> str:
     """Return a message with its parameters as options; whatever else is in backquotes stays."""
-    return _PARAMETER.sub(_option, text)
+    return _PARAMETER.sub(_option, _RECIPE_FIELD.sub(_override, text))
+
+
+def _override(found: re.Match[str]) -> str:
+    return f"--set {found[1]}={found[2] or ''}"
 
 
 @cache

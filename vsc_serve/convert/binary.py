@@ -95,8 +95,8 @@ def _variables(facts: Survey) -> "pandas.DataFrame":
 
     latents = np.arange(facts.columns) % max(facts.latent_dim, 1)
     is_negative = np.arange(facts.columns) >= facts.latent_dim
-    endings = np.where(is_negative, "n", "p") if facts.is_split else np.full(facts.columns, "")
-    names = [f"f{latent}{ending}" for latent, ending in zip(latents, endings, strict=True)]
+    suffixes = np.where(is_negative, "n", "p") if facts.is_split else np.full(facts.columns, "")
+    names = [f"f{latent}{suffix}" for latent, suffix in zip(latents, suffixes, strict=True)]
     return pandas.DataFrame({"latent": latents}, index=names)
 
 

@@ -43,7 +43,7 @@ def check(name: str, limits: Limits, survey: Survey) -> None:
     Args:
         name: The target, for the message.
         limits: What it takes.
-        survey: Figures of the rows as they would be written.
+        survey: Statistics of the rows as they would be written.
 
     Raises:
         InputError: Some rows cannot be written: which limit, how many rows, what to do.

@@ -55,7 +55,7 @@ class Planned:
     """Name of the format."""
     rows: Rows
     facts: Survey
-    """Figures of the rows as they will be written."""
+    """Statistics of the rows as they will be written."""
     options: Options
     notes: list[str]
     """What a person should know: what is changed, and what the target may stumble over later."""

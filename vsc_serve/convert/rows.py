@@ -61,7 +61,7 @@ class Rows:
 
 @dataclass(kw_only=True)
 class Survey:
-    """Figures of all rows. What may be negative is compared by its size, without the sign."""
+    """Statistics of all rows. What may be negative is compared by its size, without the sign."""
 
     meta: dict[str, Any]
     """Provenance of the first part."""
@@ -101,7 +101,7 @@ class Survey:
         return self.columns // 2 if self.is_split else self.columns
 
     def split(self) -> "Survey":
-        """Return the figures after a split by sign."""
+        """Return the statistics after a split by sign."""
         meta = self.meta | {"sign": "split"}
         return replace(self, columns=2 * self.columns, negative_rows=0, meta=meta)
 
@@ -124,7 +124,7 @@ def _concatenate(parts: Sequence[NDArray[np.float32] | None]) -> NDArray[np.floa
 
 
 def survey(rows: Rows) -> Survey:
-    """Go through all rows once, unsplit, and return their figures.
+    """Go through all rows once, unsplit, and return their statistics.
 
     Raises:
         InputError: A file cannot be read, or the files do not belong together.

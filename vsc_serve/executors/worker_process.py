@@ -34,8 +34,8 @@ _EXIT_S: Final = 2.0
 """Seconds a worker gets to end by itself."""
 _ENVIRONMENT: Final = {
     "OMP_NUM_THREADS": "1",
-    # As measured: without these, glibc gives every picture's memory back and takes it again, and a
-    # fresh process decodes large pictures at six tenths of its speed.
+    # As measured: without these, glibc gives every image's memory back and takes it again, and a
+    # fresh process decodes large images at six tenths of its speed.
     "MALLOC_MMAP_THRESHOLD_": str(2**28),
     "MALLOC_TRIM_THRESHOLD_": str(2**29),
 }

@@ -1,4 +1,4 @@
-"""The HTTP service: pictures or vectors in, sparse codes out.
+"""The HTTP service: images or vectors in, sparse codes out.
 
 `create_app` makes the routes around one open encoder; `vsc_serve.service.server` runs it.
 docs/service.md shows every route.

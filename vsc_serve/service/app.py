@@ -160,7 +160,7 @@ async def models(request: Request) -> dict[str, list[dict[str, Any]]]:
 
 @_router.post(
     "/v1/encode",
-    summary="Encode pictures or vectors",
+    summary="Encode images or vectors",
     response_class=Response,
     responses=ENCODE_RESPONSES,
     openapi_extra=ENCODE_REQUEST,
@@ -168,11 +168,11 @@ async def models(request: Request) -> dict[str, list[dict[str, Any]]]:
 async def encode(
     request: Request,
     tau: Annotated[float | None, Query(gt=0.0, lt=1.0)] = None,
-    x_image_id: Annotated[str, Header(description="Id of the picture in a raw body")] = "image",
+    x_image_id: Annotated[str, Header(description="Id of the image in a raw body")] = "image",
 ) -> Response:
     """Encode what the body holds; inputs that cannot be used are listed beside the rows.
 
-    Send pictures as multipart file parts (a row's id is the part's filename), or one picture as the
+    Send images as multipart file parts (a row's id is the part's filename), or one image as the
     raw body. A model of vectors takes a JSON object with `vectors` and, if you like, `ids`.
     """
     form = form_for(",".join(request.headers.getlist("accept")))

@@ -1,4 +1,4 @@
-"""Read what a request brings: pictures or vectors, with their ids, and what is wrong with some."""
+"""Read what a request brings: images or vectors, with their ids, and what is wrong with some."""
 
 import asyncio
 import json
@@ -18,7 +18,7 @@ from vsc_serve.service.media import JSON, MULTIPART, RAW
 from vsc_serve.service.state import Limits, Service
 
 _DECODE_CHUNK: Final = 32
-"""Pictures a thread decodes in one go: enough that changing threads costs little."""
+"""Images a thread decodes in one go: enough that changing threads costs little."""
 
 
 _SPARE_VALUES: Final = 64
@@ -42,7 +42,7 @@ async def read_batch(request: Request, service: Service, *, raw_id: str) -> Batc
     Args:
         request: The request.
         service: Encoder, limits and threads.
-        raw_id: Header with the id of the picture in a raw body.
+        raw_id: Header with the id of the image in a raw body.
 
     Raises:
         HTTPException: 400, 413 or 415.
@@ -56,10 +56,10 @@ async def read_batch(request: Request, service: Service, *, raw_id: str) -> Batc
         body = await request.body()
         return await service.work(_parse_vectors, body, manifest, service.limits.max_rows)
     if media_type == MULTIPART:
-        pictures = await _read_parts(request, service.limits)
+        images = await _read_parts(request, service.limits)
     else:
-        pictures = await _read_raw(request, _utf8(raw_id))
-    return await _decode(pictures, service)
+        images = await _read_raw(request, _utf8(raw_id))
+    return await _decode(images, service)
 
 
 def _takes(manifest: Manifest, media_type: str) -> bool:
@@ -94,18 +94,18 @@ def _utf8(header: str) -> str:
 
 
 async def _read_parts(request: Request, limits: Limits) -> list[tuple[str, bytes]]:
-    """Return the pictures of a multipart body with their ids, in order."""
+    """Return the images of a multipart body with their ids, in order."""
     try:
         form = await _PartParser(request.headers, request.stream(), limits.max_rows).parse()
     except MultiPartException as error:
         raise HTTPException(400, f"broken multipart body: {error.message}") from error
     try:
-        pictures = [await _read_part(name, part) for name, part in form.multi_items()]
+        images = [await _read_part(name, part) for name, part in form.multi_items()]
     finally:
         await form.close()
-    if not pictures:
+    if not images:
         raise HTTPException(400, "the request is empty; send at least one image")
-    return pictures
+    return images
 
 
 async def _read_part(name: str, part: UploadFile | str) -> tuple[str, bytes]:
@@ -136,11 +136,11 @@ def _too_many(max_rows: int) -> str:
     return f"more than {max_rows:,} inputs; send fewer at a time"
 
 
-async def _decode(pictures: Sequence[tuple[str, bytes]], service: Service) -> Batch:
-    """Decode pictures, in as many threads at a time as are free."""
+async def _decode(images: Sequence[tuple[str, bytes]], service: Service) -> Batch:
+    """Decode images, in as many threads at a time as are free."""
     spec = image_spec(service.encoder.manifest)
-    starts = range(0, len(pictures), _DECODE_CHUNK)
-    chunks = [pictures[start : start + _DECODE_CHUNK] for start in starts]
+    starts = range(0, len(images), _DECODE_CHUNK)
+    chunks = [images[start : start + _DECODE_CHUNK] for start in starts]
     decoded = await asyncio.gather(
         *(service.work(_decode_chunk, chunk, spec, service.limits.max_pixels) for chunk in chunks)
     )
@@ -151,11 +151,11 @@ async def _decode(pictures: Sequence[tuple[str, bytes]], service: Service) -> Ba
     )
 
 
-def _decode_chunk(pictures: Sequence[tuple[str, bytes]], spec: PixelSpec, max_pixels: int) -> Batch:
+def _decode_chunk(images: Sequence[tuple[str, bytes]], spec: PixelSpec, max_pixels: int) -> Batch:
     rows, ids, errors = [], [], []
-    for name, picture in pictures:
+    for name, image in images:
         try:
-            rows.append(read_pixels(picture, spec, max_pixels=max_pixels))
+            rows.append(read_pixels(image, spec, max_pixels=max_pixels))
         except InputError as error:
             errors.append(BadImage(name, str(error), error.kind))
         else:

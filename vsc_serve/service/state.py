@@ -21,9 +21,9 @@ class Limits:
     max_body_bytes: int = 64_000_000
     """Bytes of a request's body."""
     max_rows: int = 1024
-    """Pictures or vectors of a request."""
+    """Images or vectors of a request."""
     max_pixels: int = MAX_PIXELS
-    """Pixels of a picture; a larger one is refused from its header, before it is decoded."""
+    """Pixels of an image; a larger one is refused from its header, before it is decoded."""
     workers: int = field(default_factory=usable_cpus)
     """Threads that decode and encode."""
 

@@ -95,14 +95,14 @@ def _log_weights(
 ) -> Iterator[Tensor]:
     """Yield ln p(x|z) + ln p(z) - ln q(z|x) of one draw after the other, shape (images,)."""
     q = model.encode(rows)
-    deviation = torch.exp(0.5 * q.logvar)
+    std = torch.exp(0.5 * q.logvar)
     log_on = F.logsigmoid(q.spike_logit) - _HALF_LOG_TWO_PI - 0.5 * q.logvar
     log_off = F.logsigmoid(-q.spike_logit)
     for _ in range(samples):
         uniform = torch.rand(q.mu.shape, generator=generator, device=rows.device)
         noise = torch.randn(q.mu.shape, generator=generator, device=rows.device)
         is_on = hard_spike(q.spike_logit, uniform)
-        value = q.mu + deviation * noise
+        value = q.mu + std * noise
         log_q = torch.where(is_on > 0, log_on - 0.5 * noise.square(), log_off).sum(1)
         log_p = mixture_log_density(prior, is_on, value)
         yield log_p - log_q - model.nll(is_on * value, rows)

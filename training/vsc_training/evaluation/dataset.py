@@ -14,7 +14,7 @@ from vsc_serve.errors import InputError, UsageError
 from vsc_serve.images import read_images
 from vsc_serve.sources import find_sources
 from vsc_training.backbone import Backbone
-from vsc_training.data import Examples, embed_examples, find_pictures, load_examples
+from vsc_training.data import Examples, embed_examples, find_images, load_examples
 from vsc_training.model import DataSpec
 
 REFERENCE_COUNT: Final = 10_000
@@ -80,12 +80,12 @@ class Factors:
 def load_labelled(path: Path, data: DataSpec, backbone: Backbone | None = None) -> Labelled:
     """Read rows for a model that exists.
 
-    Pictures of a folder are cut and resized to what the model takes. Arrays must have its shape.
+    Images of a folder are cut and resized to what the model takes. Arrays must have its shape.
 
     Args:
-        path: A folder of pictures, or an `.npz` or `.npy` file.
+        path: A folder of images, or an `.npz` or `.npy` file.
         data: What the model was fitted to.
-        backbone: What embeds pictures, for a model of embeddings.
+        backbone: What embeds images, for a model of embeddings.
 
     Raises:
         UsageError: Nothing there, or the backbone is not the model's.
@@ -192,10 +192,10 @@ def _embed_folder(path: Path, data: DataSpec, backbone: Backbone) -> Labelled:
     if backbone.spec.dim != data.input_dim or data.backbone not in (None, backbone.spec):
         given = f"{backbone.spec.dim} dimensions, sha256 {backbone.spec.sha256[:12]}"
         raise UsageError(
-            f"--backbone: not the one of this model, which was fitted to {_describe(data)};"
+            f"`backbone`: not the one of this model, which was fitted to {_describe(data)};"
             f" given {given}. Give the file that it was trained with."
         )
-    examples = embed_examples(path, find_pictures(path), backbone, lambda _done: None)
+    examples = embed_examples(path, find_images(path), backbone, lambda _done: None)
     return Labelled(path, replace(examples, spec=data), _folder_names(examples.ids))
 
 
@@ -203,7 +203,7 @@ def _load_folder(path: Path, data: DataSpec) -> Labelled:
     if data.pixel_spec is None:
         raise InputError(
             f"{path}: a folder, but the model was fitted to {_describe(data)}."
-            " Give an .npy or .npz file of such vectors, or --backbone with what embeds pictures."
+            " Give an .npy or .npz file of such vectors, or `backbone` with what embeds images."
         )
     sources = list(find_sources([str(path)]))
     pixels, ids, bad = read_images(sources, data.pixel_spec)
@@ -233,7 +233,7 @@ def _labels_like(source: Labelled, others: NDArray[np.str_], path: Path) -> NDAr
 
 
 def _folder_names(ids: Sequence[str]) -> NDArray[np.str_] | None:
-    """Return the first folder of each id; None unless every picture lies in one."""
+    """Return the first folder of each id; None unless every image lies in one."""
     if any("/" not in name for name in ids):
         return None
     return np.array([name.split("/")[0] for name in ids])
@@ -305,4 +305,4 @@ def _describe(data: DataSpec) -> str:
 
 
 def _hint(data: DataSpec) -> str:
-    return ", or a folder of pictures, which are resized" if data.pixel_spec else ""
+    return ", or a folder of images, which are resized" if data.pixel_spec else ""

@@ -290,8 +290,8 @@ def _predict(
     is_there = ~np.isnan(column)
     rows, known = codes[is_there], column[is_there]
     half, three_quarters = len(rows) // 2, 3 * len(rows) // 4
-    mean, deviation = rows[:half].mean(0), rows[:half].std(0)
-    scaled = np.divide(rows - mean, deviation, out=np.zeros_like(rows), where=deviation > 0)
+    mean, std = rows[:half].mean(0), rows[:half].std(0)
+    scaled = np.divide(rows - mean, std, out=np.zeros_like(rows), where=std > 0)
     middle, spread = known[:half].mean(), known[:half].std() or 1.0
     target = (known - middle) / spread
     path = lasso_path(scaled[:half], target[:half])
@@ -358,9 +358,9 @@ def _explained(target: NDArray[np.float64], predicted: NDArray[np.float64]) -> f
 
 def _standardised(columns: NDArray[np.float64]) -> NDArray[np.float64]:
     """Return columns of mean 0 and variance 1; a column that never changes becomes 0."""
-    deviation = columns.std(0)
+    std = columns.std(0)
     centred = columns - columns.mean(0)
-    is_constant = deviation <= 1e-12 * np.maximum(np.abs(columns).max(0, initial=0.0), 1.0)
+    is_constant = std <= 1e-12 * np.maximum(np.abs(columns).max(0, initial=0.0), 1.0)
     scaled: NDArray[np.float64] = np.zeros_like(centred)
-    np.divide(centred, deviation, out=scaled, where=~is_constant)
+    np.divide(centred, std, out=scaled, where=~is_constant)
     return scaled

@@ -1,7 +1,7 @@
-"""`vsc eval`: read a run and data, compute every figure.
+"""`vsc eval`: read a run and data, compute every metric.
 
 Codes are those that the exported model will serve, mu where the spike logit is above the threshold;
-bounds use hard spikes. All rows count for figures of the codes; neighbours and probe take up to
+bounds use hard spikes. All rows count for metrics of the codes; neighbours and probe take up to
 10,000 references and 5,000 queries, and the importance-weighted bound 1,000 rows, each chosen by
 the seed.
 """
@@ -21,6 +21,7 @@ from vsc_serve.codes import LIVE_SHARE, Codes, dense_to_csr, stack_codes, thresh
 from vsc_serve.errors import UsageError
 from vsc_training.backbone import Backbone
 from vsc_training.checkpoint import load_checkpoint
+from vsc_training.dataset import DeviceDataset
 from vsc_training.evaluation.bounds import iwae
 from vsc_training.evaluation.dataset import (
     Factors,
@@ -32,14 +33,14 @@ from vsc_training.evaluation.dataset import (
     load_labelled,
 )
 from vsc_training.evaluation.disentanglement import best_alone, dci, factor_correlation, mig, sap
-from vsc_training.evaluation.figures import (
+from vsc_training.evaluation.metrics import (
     QUANTILES,
-    BoundFigures,
-    CodeFigures,
+    BoundMetrics,
+    CodeMetrics,
     Evaluation,
-    FactorFigures,
-    NeighbourFigures,
-    OverlapFigures,
+    FactorMetrics,
+    NeighbourMetrics,
+    OverlapMetrics,
     TauPoint,
 )
 from vsc_training.evaluation.probe import linear_probe_accuracy
@@ -59,7 +60,6 @@ from vsc_training.evaluation.supports import (
     jaccard_by_class,
     support_entropy_bits,
 )
-from vsc_training.feed import Feed
 from vsc_training.metrics import measure_health
 from vsc_training.model import VSC
 from vsc_training.objective import Posterior
@@ -88,20 +88,20 @@ def evaluate_run(
     device: torch.device,
     seed: int = 0,
 ) -> Evaluation:
-    """Compute every figure of a trained model.
+    """Compute every metric of a trained model.
 
     Args:
         run: Folder that `vsc train` wrote.
-        data: What to measure: a folder of pictures (class folders give labels), `.npz` or `.npy`.
+        data: What to measure: a folder of images (class folders give labels), `.npz` or `.npy`.
         reference: Data that neighbours are searched in and the probe is fitted on, as a rule the
             training data. None splits `data` in two halves by the content of each row: the first
             is the reference of the second.
         factors: `factors.npz` with the true factors of `data`.
-        backbone: The ONNX file that embeds pictures, for a model of embeddings.
+        backbone: The ONNX file that embeds images, for a model of embeddings.
         iwae_samples: Draws of the importance-weighted bound.
         taus: Thresholds of the curve.
         device: Where to compute.
-        seed: Seed of choices and noise: the same one gives the same figures.
+        seed: Seed of choices and noise: the same one gives the same metrics.
 
     Raises:
         UsageError: No checkpoint, no data, or an argument out of range.
@@ -117,13 +117,13 @@ def evaluate_run(
     known = load_labelled(reference, checkpoint.state.data, opened) if reference else None
     true = load_factors(factors, measured.examples.ids) if factors else None
     absent = {} if true else {"factor": "no factors.npz was given"}
-    feed = Feed.of(measured.examples.rows, device)
+    dataset = DeviceDataset.of(measured.examples.rows, device)
     every = torch.arange(len(measured))
     noise = torch.Generator(device).manual_seed(seed)
     logger.info("evaluating %s on %d rows", run, len(measured))
-    health = measure_health(model, feed.batches(every, _BATCH), noise)
-    bound = _measure_bound(model, feed, iwae_samples, noise, seed)
-    passed = _pass(model, feed.batches(every, _BATCH), limits, noise)
+    health = measure_health(model, dataset.batches(every, _BATCH), noise)
+    bound = _measure_bound(model, dataset, iwae_samples, noise, seed)
+    passed = _pass(model, dataset.batches(every, _BATCH), limits, noise)
     overlaps, neighbours, scores = None, None, dict[float, tuple[float, float]]()
     if measured.labels is not None:
         overlaps = _measure_overlaps(passed.codes, measured.labels, seed)
@@ -171,12 +171,12 @@ class _Pass(NamedTuple):
 
 
 def _measure_bound(
-    model: VSC, feed: Feed, samples: int, noise: torch.Generator, seed: int
-) -> BoundFigures:
-    rows = choose_rows(np.arange(len(feed.rows)), BOUND_COUNT, seed)
-    bounds = iwae(model, feed.take(torch.from_numpy(rows)), samples, noise)
+    model: VSC, dataset: DeviceDataset, samples: int, noise: torch.Generator, seed: int
+) -> BoundMetrics:
+    rows = choose_rows(np.arange(len(dataset.rows)), BOUND_COUNT, seed)
+    bounds = iwae(model, dataset.take(torch.from_numpy(rows)), samples, noise)
     spread = float(bounds.iwae.std(ddof=1)) if len(rows) > 1 else math.nan
-    return BoundFigures(
+    return BoundMetrics(
         images=len(rows),
         samples=samples,
         iwae=float(bounds.iwae.mean()),
@@ -229,11 +229,11 @@ def _drawn_overlap(q: Posterior, noise: torch.Generator) -> float:
     return float(torch.where(either > 0, both / either.clamp_min(1), 1.0).sum())
 
 
-def _describe_codes(passed: _Pass) -> CodeFigures:
+def _describe_codes(passed: _Pass) -> CodeMetrics:
     codes = passed.codes
     rates = firing_rates(codes)
     live = rates[rates >= LIVE_SHARE]
-    return CodeFigures(
+    return CodeMetrics(
         images=codes.shape[0],
         nll=passed.nll,
         active_quantiles=tuple(np.quantile(np.diff(codes.indptr), QUANTILES).tolist()),
@@ -247,24 +247,24 @@ def _describe_codes(passed: _Pass) -> CodeFigures:
     )
 
 
-def _measure_overlaps(codes: Codes, labels: NDArray[np.str_], seed: int) -> OverlapFigures:
+def _measure_overlaps(codes: Codes, labels: NDArray[np.str_], seed: int) -> OverlapMetrics:
     found = jaccard_by_class(codes, labels, seed=seed)
-    return OverlapFigures(classes=len(np.unique(labels)), **found._asdict())
+    return OverlapMetrics(classes=len(np.unique(labels)), **found._asdict())
 
 
 def _measure_neighbours(
     model: VSC, sets: SearchSets, taus: Sequence[float], *, device: torch.device, seed: int
-) -> tuple[NeighbourFigures, dict[float, tuple[float, float]]]:
-    """Return the figures at tau 0.5, and (kNN accuracy, precision) at each threshold."""
-    reference = _encode(model, Feed.of(sets.reference, device))
-    queries = _encode(model, Feed.of(sets.queries, device))
+) -> tuple[NeighbourMetrics, dict[float, tuple[float, float]]]:
+    """Return the metrics at tau 0.5, and (kNN accuracy, precision) at each threshold."""
+    reference = _encode(model, DeviceDataset.of(sets.reference, device))
+    queries = _encode(model, DeviceDataset.of(sets.queries, device))
     scores = {
         tau: _neighbour_scores(reference.codes(tau), queries.codes(tau), sets)
         for tau in sorted({_TAU, *taus})
     }
     known, asked = reference.codes(_TAU), queries.codes(_TAU)
     support_knn, support_precision = _neighbour_scores(support(known), support(asked), sets)
-    found = NeighbourFigures(
+    found = NeighbourMetrics(
         references=len(known),
         queries=len(asked),
         copies=sets.copies,
@@ -292,8 +292,8 @@ class _Encoded(NamedTuple):
 
 
 @torch.no_grad()
-def _encode(model: VSC, feed: Feed) -> _Encoded:
-    batches = feed.batches(torch.arange(len(feed.rows)), _BATCH)
+def _encode(model: VSC, dataset: DeviceDataset) -> _Encoded:
+    batches = dataset.batches(torch.arange(len(dataset.rows)), _BATCH)
     parts = [model.encode(examples)[:2] for examples in batches]
     return _Encoded(*(torch.cat(part).cpu().numpy() for part in zip(*parts, strict=True)))
 
@@ -306,12 +306,12 @@ def _neighbour_scores(reference: Array, queries: Array, sets: SearchSets) -> tup
     return vote_accuracy(*found), same_class_share(*found)
 
 
-def _measure_factors(codes: Codes, factors: Factors, seed: int) -> FactorFigures:
+def _measure_factors(codes: Codes, factors: Factors, seed: int) -> FactorMetrics:
     rows = choose_rows(np.arange(codes.shape[0]), FACTOR_COUNT, seed)
     dense, values = codes[rows].toarray(), factors.values[rows]
     of_codes = dci(dense, values, seed=seed)
     correlation = factor_correlation(dense, values)
-    return FactorFigures(
+    return FactorMetrics(
         images=len(rows),
         factors=factors.names,
         mig=mig(dense, values),

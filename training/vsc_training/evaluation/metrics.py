@@ -1,6 +1,6 @@
-"""The figures of an evaluation, as JSON for programs and as a table for people.
+"""Metrics of an evaluation, as JSON for programs and as a table for people.
 
-Every figure stands beside the number of rows it was computed from; docs/metrics.md defines it.
+Every metric stands beside the number of rows it was computed from; docs/metrics.md defines it.
 """
 
 import math
@@ -18,7 +18,7 @@ _DIGITS: Final = 6
 
 
 @dataclass(frozen=True, kw_only=True)
-class BoundFigures:
+class BoundMetrics:
     """Bounds with the mixture prior, by importance sampling; nats per image."""
 
     images: int
@@ -34,8 +34,8 @@ class BoundFigures:
 
 
 @dataclass(frozen=True, kw_only=True)
-class CodeFigures:
-    """Figures of the deterministic codes at tau = 0.5, beyond those of `Health`."""
+class CodeMetrics:
+    """Metrics of the deterministic codes at tau = 0.5, beyond those of `Health`."""
 
     images: int
     """Images measured."""
@@ -60,7 +60,7 @@ class CodeFigures:
 
 
 @dataclass(frozen=True, kw_only=True)
-class OverlapFigures:
+class OverlapMetrics:
     """Overlap (Jaccard) of the supports of two images."""
 
     classes: int
@@ -76,7 +76,7 @@ class OverlapFigures:
 
 
 @dataclass(frozen=True, kw_only=True)
-class NeighbourFigures:
+class NeighbourMetrics:
     """Neighbours and probe: codes at tau = 0.5 against classes."""
 
     references: int
@@ -100,7 +100,7 @@ class NeighbourFigures:
 
 
 @dataclass(frozen=True, kw_only=True)
-class FactorFigures:
+class FactorMetrics:
     """Codes against the true factors of the images."""
 
     images: int
@@ -131,7 +131,7 @@ class FactorFigures:
 
 @dataclass(frozen=True, kw_only=True)
 class TauPoint:
-    """Figures of the codes at one spike threshold."""
+    """Metrics of the codes at one spike threshold."""
 
     tau: float
     """The threshold."""
@@ -151,7 +151,7 @@ class TauPoint:
 
 @dataclass(frozen=True, kw_only=True)
 class Evaluation:
-    """Every figure of a run on one set of data."""
+    """Every metric of a run on one set of data."""
 
     name: str
     """Name of the model."""
@@ -171,15 +171,15 @@ class Evaluation:
     """Pseudo-inputs U of the model."""
     health: Health
     """Bounds of one sample, sparsity, error."""
-    bound: BoundFigures
+    bound: BoundMetrics
     """Bounds of many samples."""
-    codes: CodeFigures
+    codes: CodeMetrics
     """More of the codes at tau = 0.5."""
-    overlaps: OverlapFigures | None
+    overlaps: OverlapMetrics | None
     """Overlaps within and between classes."""
-    neighbours: NeighbourFigures | None
+    neighbours: NeighbourMetrics | None
     """Neighbours and probe."""
-    factors: FactorFigures | None
+    factors: FactorMetrics | None
     """Figures that need factors."""
     curve: list[TauPoint]
     """Figures over tau."""
@@ -187,12 +187,12 @@ class Evaluation:
     """Which part is None, and why."""
 
     def to_json(self) -> dict[str, Any]:
-        """Return all figures as a JSON object; what cannot be computed is null."""
+        """Return all metrics as a JSON object; what cannot be computed is null."""
         tidy: dict[str, Any] = _tidy({"format": FORMAT, "quantiles": QUANTILES} | asdict(self))
         return tidy
 
     def table(self) -> str:
-        """Return all figures as text: name, value, unit, and how many rows it was computed from."""
+        """Return all metrics as text: name, value, unit, and how many rows it was computed from."""
         skipped = f", {self.skipped} files unreadable" if self.skipped else ""
         lines = [
             f"{self.name}, step {self.step:,}, on {self.data}: {self.health.images:,} {self.noun}"
@@ -201,7 +201,7 @@ class Evaluation:
         for title, rows in self._sections():
             lines += ["", title, *_aligned(list(rows))]
         lines += ["", *self._curve_lines()]
-        lines += [f"no {part} figures: {reason}" for part, reason in self.absent.items()]
+        lines += [f"no {part} metrics: {reason}" for part, reason in self.absent.items()]
         return "\n".join(lines)
 
     def _sections(self) -> Iterator[tuple[str, Iterator["_Row"]]]:
@@ -252,12 +252,12 @@ class Evaluation:
         sizes = f"{codes.bytes_per_image:.0f} ({codes.bytes_per_image_16_bit:.0f})"
         yield _Row(f"bytes per {row}", sizes, "float32 + int32 (16-bit) indices", every)
 
-    def _overlap_rows(self, found: OverlapFigures) -> Iterator["_Row"]:
+    def _overlap_rows(self, found: OverlapMetrics) -> Iterator["_Row"]:
         same, other = f"{found.same_pairs:,} pairs", f"{found.other_pairs:,} pairs"
         yield _Row("Jaccard, same class", f"{found.same:.3f}", "", same)
         yield _Row("Jaccard, other class", f"{found.other:.3f}", "", other)
 
-    def _neighbour_rows(self, found: NeighbourFigures) -> Iterator["_Row"]:
+    def _neighbour_rows(self, found: NeighbourMetrics) -> Iterator["_Row"]:
         sets = f"{found.queries:,} queries, {found.references:,} references"
         if found.copies:
             sets += f" ({found.copies:,} copies of queries left out)"
@@ -268,7 +268,7 @@ class Evaluation:
         yield _Row(f"precision@{k}, support", f"{found.support_precision:.3f}", "cosine", sets)
         yield _Row("linear probe", f"{found.linear_probe:.3f}", "accuracy", sets)
 
-    def _factor_rows(self, found: FactorFigures) -> Iterator["_Row"]:
+    def _factor_rows(self, found: FactorMetrics) -> Iterator["_Row"]:
         basis = f"{found.images:,} {self.noun}, {len(found.factors)} factors"
         yield _Row("MIG", f"{found.mig:.3f}", "", basis)
         yield _Row("SAP", f"{found.sap:.3f}", "", basis)
@@ -282,7 +282,7 @@ class Evaluation:
             yield _Row("attribute by one latent", f"{found.attribute_score:.3f}", "", basis)
 
     def _curve_lines(self) -> list[str]:
-        """Return the figures over tau, one threshold a line; absent columns are left out."""
+        """Return the metrics over tau, one threshold a line; absent columns are left out."""
         basis = f"{self.health.images:,} {self.noun}"
         head = ["tau", "active", "search cost", "squared error", "nll"]
         lines = [[f"{p.tau:g}", f"{p.active:.1f}", f"{p.search_cost:.2f}"] for p in self.curve]

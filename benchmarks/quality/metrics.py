@@ -19,8 +19,8 @@ from benchmarks.quality.data import Dataset, load_dataset
 from benchmarks.quality.runs import Rows, Run, fit_run, recipe_digest
 from vsc_serve.codes import ALWAYS_ON_SHARE, LIVE_SHARE
 from vsc_training.data import Examples
+from vsc_training.dataset import DeviceDataset
 from vsc_training.evaluation import bounds, disentanglement, probe, retrieval
-from vsc_training.feed import Feed
 
 MEASURED_ROWS: Final = 10_000
 QUERIES: Final = 5_000
@@ -36,12 +36,12 @@ _DENSE: Final = 0.99
 """Share of entries that are on from which a code has no support to speak of."""
 
 Codes = NDArray[np.float32]
-Figures = dict[str, float]
+Metrics = dict[str, float]
 Result = dict[str, Any]
-"""A run, a view of it, and its figures."""
+"""A run, a view of it, and its metrics."""
 
 
-def measure(coder: Coder, dataset: Dataset, rows: Rows = "drawn") -> Figures:
+def measure(coder: Coder, dataset: Dataset, rows: Rows = "drawn") -> Metrics:
     """Return every figure that the data set allows.
 
     Labels give neighbours and probe, factors give disentanglement, a likelihood gives the bound.
@@ -52,26 +52,26 @@ def measure(coder: Coder, dataset: Dataset, rows: Rows = "drawn") -> Figures:
         rows: Which of its rows.
     """
     known, asked = (choose_rows(part, rows) for part in (dataset.train, dataset.test))
-    reference_rows = Feed.of(dataset.train.rows[known], torch.device("cpu"))
-    test_rows = Feed.of(dataset.test.rows[asked], torch.device("cpu"))
+    reference_rows = DeviceDataset.of(dataset.train.rows[known], torch.device("cpu"))
+    test_rows = DeviceDataset.of(dataset.test.rows[asked], torch.device("cpu"))
     with torch.no_grad():
         reference = _encode(coder, reference_rows)
         test, squared_error = _encode_and_decode(coder, test_rows)
-    figures = {"squared_error": squared_error} | sparsity_figures(test)
-    figures |= _bound(coder, test_rows.take(torch.arange(min(BOUND_ROWS, len(test)))))
+    metrics = {"squared_error": squared_error} | sparsity_metrics(test)
+    metrics |= _bound(coder, test_rows.take(torch.arange(min(BOUND_ROWS, len(test)))))
     labels = dataset.labels()
     if labels is not None:
         queries, query_labels = test[:QUERIES], labels[1][asked][:QUERIES]
-        figures |= neighbour_figures(reference, labels[0][known], queries, query_labels)
+        metrics |= neighbour_metrics(reference, labels[0][known], queries, query_labels)
     if dataset.test_factors is not None:
-        figures |= factor_figures(test, dataset.test_factors[asked])
-    return figures
+        metrics |= factor_metrics(test, dataset.test_factors[asked])
+    return metrics
 
 
 def choose_rows(examples: Examples, rows: Rows = "drawn") -> NDArray[np.int64]:
     """Return the numbers of up to 10,000 rows, the same in every call.
 
-    Drawn by chance unless the first are asked for: folders of pictures come in the order of their
+    Drawn by chance unless the first are asked for: folders of images come in the order of their
     classes.
     """
     if rows == "first":
@@ -97,7 +97,7 @@ def fit_and_measure(run: Run, source: str, weights: Path | None) -> list[Result]
         | {"recipe": recipe_digest(run), "view": view, "fit_cpu_s": fit_cpu_s}
         | {"torch": torch.__version__}
         | {
-            "figures": {
+            "metrics": {
                 name: round(value, 5) for name, value in measure(coder, dataset, run.rows).items()
             }
         }
@@ -105,7 +105,7 @@ def fit_and_measure(run: Run, source: str, weights: Path | None) -> list[Result]
     ]
 
 
-def sparsity_figures(codes: Codes) -> Figures:
+def sparsity_metrics(codes: Codes) -> Metrics:
     """Return what is on, and what storing and searching it costs.
 
     `varying` counts latents whose value varies, for dense codes, in which every latent is "live".
@@ -123,28 +123,28 @@ def sparsity_figures(codes: Codes) -> Figures:
     }
 
 
-def neighbour_figures(
+def neighbour_metrics(
     reference: Codes,
     reference_labels: NDArray[np.int64],
     queries: Codes,
     query_labels: NDArray[np.int64],
-) -> Figures:
+) -> Metrics:
     """Return the accuracy of neighbours by code and by support alone, and of a linear probe."""
     both = (reference_labels, queries, query_labels)
     neighbours, truth = retrieval.neighbour_labels(reference, *both)
-    figures = {
+    metrics = {
         "knn": retrieval.vote_accuracy(neighbours, truth),
         "precision_10": retrieval.same_class_share(neighbours, truth),
         "linear_probe": probe.linear_probe_accuracy(reference, *both),
     }
     if (reference != 0).mean() < _DENSE:
-        figures["knn_support"] = retrieval.knn_accuracy(
+        metrics["knn_support"] = retrieval.knn_accuracy(
             reference != 0, reference_labels, queries != 0, query_labels
         )
-    return figures
+    return metrics
 
 
-def factor_figures(codes: Codes, factors: NDArray[np.float32]) -> Figures:
+def factor_metrics(codes: Codes, factors: NDArray[np.float32]) -> Metrics:
     """Return how well single latents stand for single factors."""
     dci = disentanglement.dci(codes, factors)
     return {
@@ -157,7 +157,7 @@ def factor_figures(codes: Codes, factors: NDArray[np.float32]) -> Figures:
     }
 
 
-def _bound(coder: Coder, rows: Tensor) -> Figures:
+def _bound(coder: Coder, rows: Tensor) -> Metrics:
     generator = torch.Generator().manual_seed(_BOUND_SEED)
     if isinstance(coder, VscCoder):
         bound = bounds.iwae(coder.model, rows, BOUND_SAMPLES, generator)
@@ -168,16 +168,16 @@ def _bound(coder: Coder, rows: Tensor) -> Figures:
     return {}
 
 
-def _encode(coder: Coder, feed: Feed) -> Codes:
-    batches = feed.batches(torch.arange(len(feed.rows)), _BATCH)
+def _encode(coder: Coder, dataset: DeviceDataset) -> Codes:
+    batches = dataset.batches(torch.arange(len(dataset.rows)), _BATCH)
     return np.concatenate([coder.encode(rows).numpy() for rows in batches])
 
 
-def _encode_and_decode(coder: Coder, feed: Feed) -> tuple[Codes, float]:
+def _encode_and_decode(coder: Coder, dataset: DeviceDataset) -> tuple[Codes, float]:
     """Return codes, and the squared error a row of what they decode to."""
     codes, error = [], 0.0
-    for rows in feed.batches(torch.arange(len(feed.rows)), _BATCH):
+    for rows in dataset.batches(torch.arange(len(dataset.rows)), _BATCH):
         code = coder.encode(rows)
         error += float((coder.decode(code) - rows).square().sum())
         codes.append(code.numpy())
-    return np.concatenate(codes), error / len(feed.rows)
+    return np.concatenate(codes), error / len(dataset.rows)

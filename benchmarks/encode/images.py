@@ -1,4 +1,4 @@
-"""Generated pictures with the statistics of photographs, and folders full of them."""
+"""Generated images with the statistics of photographs, and folders full of them."""
 
 import io
 import os
@@ -17,8 +17,8 @@ QUALITIES = (75, 80, 85, 90, 95)
 
 
 @dataclass(frozen=True)
-class PictureSet:
-    """One kind of picture, and how many a measurement takes."""
+class ImageSet:
+    """One kind of image, and how many a measurement takes."""
 
     name: str
     width: int
@@ -27,52 +27,51 @@ class PictureSet:
     """`mlp` or `conv`."""
     is_png: bool
     distinct: int
-    """Pictures that are made; the others are further names of these."""
+    """Images that are made; the others are further names of these."""
     count: int
-    """Pictures of a measurement."""
+    """Images of a measurement."""
 
     @property
-    def ending(self) -> str:
+    def extension(self) -> str:
         """What file names end with."""
         return ".png" if self.is_png else ".jpg"
 
 
 SETS = (
-    PictureSet("28x28 PNG, MLP", 28, 28, is_png=True, distinct=2000, count=60_000, model="mlp"),
-    PictureSet("64x64 JPEG, conv", 64, 64, is_png=False, distinct=1000, count=12_000, model="conv"),
-    PictureSet(
-        "512x512 JPEG, conv", 512, 512, is_png=False, distinct=500, count=6000, model="conv"
-    ),
-    PictureSet(
+    ImageSet("28x28 PNG, MLP", 28, 28, is_png=True, distinct=2000, count=60_000, model="mlp"),
+    ImageSet("64x64 JPEG, conv", 64, 64, is_png=False, distinct=1000, count=12_000, model="conv"),
+    ImageSet("512x512 JPEG, conv", 512, 512, is_png=False, distinct=500, count=6000, model="conv"),
+    ImageSet(
         "1024x768 JPEG, conv", 1024, 768, is_png=False, distinct=250, count=3000, model="conv"
     ),
 )
 
 
-def make_folder(folder: Path, pictures: PictureSet, count: int) -> None:
-    """Fill a folder with pictures, a thousand to a sub-folder; most are hard links."""
+def make_folder(folder: Path, images: ImageSet, count: int) -> None:
+    """Fill a folder with images, a thousand to a sub-folder; most are hard links."""
     paths = [
-        folder / f"{number // 1000:04}" / f"{number:07}{pictures.ending}" for number in range(count)
+        folder / f"{number // 1000:04}" / f"{number:07}{images.extension}"
+        for number in range(count)
     ]
     for parent in dict.fromkeys(path.parent for path in paths):
         parent.mkdir(parents=True)
-    distinct = paths[: pictures.distinct]
+    distinct = paths[: images.distinct]
     with ProcessPoolExecutor(mp_context=get_context("forkserver")) as pool:
-        contents = pool.map(partial(encode_picture, pictures), range(len(distinct)), chunksize=16)
+        contents = pool.map(partial(encode_image, images), range(len(distinct)), chunksize=16)
         for path, content in zip(distinct, contents, strict=True):
             path.write_bytes(content)
     for number, path in enumerate(paths[len(distinct) :]):
         os.link(distinct[number % len(distinct)], path)
 
 
-def encode_picture(pictures: PictureSet, seed: int) -> bytes:
+def encode_image(images: ImageSet, seed: int) -> bytes:
     """Return the bytes of one generated file."""
     rng = np.random.default_rng(seed)
     file = io.BytesIO()
-    if pictures.is_png:
-        Image.fromarray(draw_digit(pictures.width, rng)).save(file, "PNG")
+    if images.is_png:
+        Image.fromarray(draw_digit(images.width, rng)).save(file, "PNG")
     else:
-        image = Image.fromarray(draw_scene(pictures.width, pictures.height, rng))
+        image = Image.fromarray(draw_scene(images.width, images.height, rng))
         image.save(file, "JPEG", quality=int(rng.choice(QUALITIES)))
     return file.getvalue()
 

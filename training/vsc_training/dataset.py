@@ -23,7 +23,7 @@ _COPIED_AT_ONCE: Final = 2**26
 
 
 @dataclass(frozen=True)
-class Feed:
+class DeviceDataset:
     """Examples by row number, as the model takes them: on the device where they fit."""
 
     rows: Tensor | NDArray[Any]
@@ -32,7 +32,9 @@ class Feed:
     """Draws in vectors that lie far from all others; None leaves every row as it is."""
 
     @classmethod
-    def of(cls, rows: NDArray[Any], device: torch.device, *, needed_bytes: int = 0) -> "Feed":
+    def of(
+        cls, rows: NDArray[Any], device: torch.device, *, needed_bytes: int = 0
+    ) -> "DeviceDataset":
         """Hold rows where they are computed with, if they fit there.
 
         On a CPU, rows that are mapped from a file stay there. A GPU gets all rows if they fit into
@@ -142,32 +144,34 @@ class _Copy(NamedTuple):
     is_there: torch.cuda.Event
 
 
-def batch_source(feed: Feed, numbers: Callable[[int], Tensor]) -> Callable[[int], Tensor]:
+def batch_source(
+    dataset: DeviceDataset, numbers: Callable[[int], Tensor]
+) -> Callable[[int], Tensor]:
     """Return the function that gives the batch of a step.
 
     Rows that do not lie on the GPU that computes are read ahead: a thread takes them into pinned
     memory and copies them on a stream of its own, beside the steps before.
 
     Args:
-        feed: The examples.
+        dataset: The examples.
         numbers: Gives the row numbers of a step.
     """
-    if feed.device.type != "cuda" or isinstance(feed.rows, Tensor):
-        return lambda step: feed.take(numbers(step))
-    stream = torch.cuda.Stream(feed.device)
+    if dataset.device.type != "cuda" or isinstance(dataset.rows, Tensor):
+        return lambda step: dataset.take(numbers(step))
+    stream = torch.cuda.Stream(dataset.device)
 
     def start(step: int) -> _Copy:
-        pinned = feed.read(numbers(step)).pin_memory()
+        pinned = dataset.read(numbers(step)).pin_memory()
         with torch.cuda.stream(stream):
-            rows = pinned.to(feed.device, non_blocking=True)
+            rows = pinned.to(dataset.device, non_blocking=True)
             return _Copy(rows, stream.record_event())
 
     ahead = Prefetcher(start)
 
     def take(step: int) -> Tensor:
-        copy, own = ahead.take(step), torch.cuda.current_stream(feed.device)
+        copy, own = ahead.take(step), torch.cuda.current_stream(dataset.device)
         own.wait_event(copy.is_there)
         copy.rows.record_stream(own)  # its memory is free again when this stream has used it
-        return feed.scaled(copy.rows)
+        return dataset.scaled(copy.rows)
 
     return take
