@@ -28,7 +28,7 @@ _LARGEST_LOGVAR: Final = 170.0
 """Beyond it sigma is no finite float32."""
 
 GraphOutputs = Mapping[str, NDArray[Any]]
-"""What a graph gives, by name."""
+"""Outputs of a graph, by name."""
 
 
 class EncodedBatch(NamedTuple):

@@ -1,4 +1,4 @@
-"""What a person sees: lines and progress on stderr. Results go to stdout, from `cli` alone."""
+"""Console output for people: lines and progress on stderr; stdout belongs to `cli`."""
 
 import logging
 import signal

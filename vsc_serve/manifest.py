@@ -69,7 +69,7 @@ class Probe:
 
 @dataclass(frozen=True, kw_only=True)
 class Manifest:
-    """What `manifest.json` says about a model."""
+    """Contents of `manifest.json`: facts about a model."""
 
     name: str
     """Name of the model."""

@@ -34,7 +34,7 @@ class FileKind:
     """Kind of a file that is written."""
 
     name: str
-    """What it is, with its article: `a codes file`."""
+    """Name of the kind, with its article: `a codes file`."""
     recognises: Callable[[Path], bool]
     """Tells whether a file that is not empty is of this kind."""
 
@@ -59,7 +59,7 @@ class FolderKind:
     """Kind of a folder that is written."""
 
     name: str
-    """What it is, with its article: `a model bundle`."""
+    """Name of the kind, with its article: `a model bundle`."""
     contents: Callable[[dict[str, Any]], Sequence[str] | None]
     """From the JSON object in the marker: patterns of the paths that a folder of this kind may
     hold, or None where the object says that it is of another kind."""
@@ -225,7 +225,7 @@ class _Temporary(FolderKind):
 
 
 TEMPORARY: Final = _Temporary(name="a temporary folder", contents=lambda stored: None)
-"""What an interrupted write leaves."""
+"""Names of the leftovers of an interrupted write."""
 
 
 def _files_below(folder: Path) -> Iterator[str]:

@@ -217,6 +217,12 @@ def test_wrong_arguments_end_with_2(tiny_bundle: Path, grey_folder: Path, tmp_pa
     assert_fails(bad_device, 2, "'--device': .*'tpu' is not one of 'auto', 'cpu', 'cuda'")
     unknown = vsc("train", grey_folder, "--out", out, "--set", "latents=3")
     assert_fails(unknown, 2, "no field 'latents'. Did you mean latent_dim")
+    half = vsc("train", grey_folder, "--out", out, "--set", "alpha")
+    assert_fails(half, 2, "--set alpha: expected key=value")
+    absent = vsc("train", grey_folder, "--out", out, "--backbone", tmp_path / "no.onnx")
+    assert_fails(absent, 2, "--backbone .*no.onnx: no such file")
+    none = vsc("train", grey_folder, "--out", out, "--set", "batch_size=4000", "--threads", 1)
+    assert_fails(none, 2, r"fewer than a batch of 4000: add examples, or --set batch_size=\d+")
     assert not out.exists()
 
 

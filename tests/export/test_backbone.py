@@ -355,7 +355,7 @@ def test_a_bundle_is_verified_with_the_backbone_that_is_inside(
 ) -> None:
     with pytest.raises(UsageError, match=r"has a backbone inside\. Give its ONNX file"):
         verify_bundle(behind, backbone_run, None, row_count=50)
-    with pytest.raises(UsageError, match="the backbone inside is not the one of --backbone"):
+    with pytest.raises(UsageError, match="the backbone inside is not the one of `backbone`"):
         verify_bundle(tiny_bundle, backbone_run, None, row_count=50, backbone=backbone_file)
     with pytest.raises(ExportError, match="fitted to images of 8x8 grey"):
         verify_bundle(behind, tiny_run, None, row_count=50, backbone=backbone_file)
@@ -435,7 +435,7 @@ def test_a_run_behind_a_backbone_is_evaluated_on_images(
     assert labelled.examples.rows.shape == (200, DIM)
     assert labelled.labels is not None
     assert set(labelled.labels) == {"upright", "level"}
-    with pytest.raises(InputError, match="or --backbone with what embeds images"):
+    with pytest.raises(InputError, match="or `backbone` with what embeds images"):
         load_labelled(grey_folder, data)
     other = conv_backbone(tmp_path / "other.onnx", seed=1)
     with pytest.raises(UsageError, match="not the one of this model"):

@@ -180,7 +180,7 @@ def test_a_collapsed_model_is_refused_unless_asked_for(tiny_run: Path, tmp_path:
     metrics = checkpoint.state.metrics | {"active": 0.0, "empty_share": 1.0}
     state = dataclasses.replace(checkpoint.state, metrics=metrics)
     save_checkpoint(run, dataclasses.replace(checkpoint, state=state))
-    with pytest.raises(ExportError, match=r"collapsed: codes are empty .* --allow-collapsed"):
+    with pytest.raises(ExportError, match=r"collapsed: codes are empty .* `allow_collapsed=True`"):
         export_bundle(run, tmp_path / "out")
     assert not (tmp_path / "out").exists()
     assert export_bundle(run, tmp_path / "out", ExportOptions(allow_collapsed=True)).path.is_dir()

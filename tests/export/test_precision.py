@@ -176,5 +176,5 @@ def test_copies_and_empty_rows_are_neighbours_whichever_comes_first() -> None:
 
 
 def test_a_name_that_is_no_precision_is_refused() -> None:
-    with pytest.raises(UsageError, match="--precision fp8: give float32, fp16, int8"):
+    with pytest.raises(UsageError, match="`precision` fp8: give float32, fp16, int8"):
         parse_precision("fp8")

@@ -81,7 +81,7 @@ def test_the_graph_does_what_the_rule_in_numpy_says(count: int, share: float, pl
 
 @pytest.mark.parametrize("places", [0, LATENTS + 1])
 def test_more_places_than_latents_are_refused(places: int) -> None:
-    with pytest.raises(UsageError, match=f"--top-k must be from 1 to 16 .* not {places}"):
+    with pytest.raises(UsageError, match=f"`top_k` must be from 1 to 16 .* not {places}"):
         topk_graph(identity_encoder(), LATENTS, places)
 
 

@@ -45,7 +45,7 @@ def run(tmp_path: Path) -> Path:
         recipe=recipe,
         data=data,
         data_fingerprint="0" * 16,
-        figures={"loss": 1.5},
+        metrics={"loss": 1.5},
         name="größe",
     )
     moments = {"0.exp_avg": torch.zeros(3)}

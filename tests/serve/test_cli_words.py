@@ -28,6 +28,8 @@ from vsc_serve.sources import Ids
         ("Encode with `max_active=16000`.", "Encode with --max-active 16000."),
         ("`share=1/99`: 40 inputs", "--shard 1/99: 40 inputs"),
         ("`is_update` compares", "--update compares"),
+        ("or `recipe.batch_size=4`", "or --set batch_size=4"),
+        ("a lower `recipe.learning_rate`, or", "a lower --set learning_rate=, or"),
         ("no `labels` in it; a `b`.png", "no `labels` in it; a `b`.png"),
         ("run `vsc doctor` in `./model`", "run `vsc doctor` in `./model`"),
     ],

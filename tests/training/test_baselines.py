@@ -184,7 +184,7 @@ def test_a_data_argument_without_a_source_says_what_is_expected() -> None:
         read_sources(["mnist"])
 
 
-def test_baselines_are_kept_from_learning_by_heart_as_vsc_is(examples: Examples) -> None:
+def test_baselines_are_kept_from_overfitting_as_vsc_is(examples: Examples) -> None:
     """Dropout of the input and weight decay, where the recipe asks for them."""
 
     def fitted(*overrides: str) -> baselines.DenseVae:

@@ -87,7 +87,7 @@ def test_pixels_that_do_not_fit_into_memory_are_refused_before_they_are_read(
     image_folder: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(memory, "free_bytes", lambda device: 12 * 64 - 1)
-    with pytest.raises(UsageError, match=r"12 images of 8x8 grey, crop take 0.0 GiB.*--size"):
+    with pytest.raises(UsageError, match=r"12 images of 8x8 grey, crop take 0.0 GiB.*`size`"):
         load_examples(image_folder)
     monkeypatch.setattr(memory, "free_bytes", lambda device: 12 * 64)
     assert len(load_examples(image_folder).rows) == 12

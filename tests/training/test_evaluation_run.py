@@ -143,7 +143,7 @@ def test_every_line_of_the_table_names_its_denominator(whole: Evaluation) -> Non
     assert all("200 images" in line or "pairs" in line or "queries" in line for line in sections)
     assert len(curve) == 1 + len(TAUS)
     assert "over tau (200 images; neighbours: " in whole.table()
-    assert lines[-1] == "no factor figures: no factors.npz was given"
+    assert lines[-1] == "no factor metrics: no factors.npz was given"
 
 
 def test_without_labels_the_rows_are_absent_and_the_table_says_why(
@@ -155,7 +155,7 @@ def test_without_labels_the_rows_are_absent_and_the_table_says_why(
     table = found.table()
     assert "kNN" not in table
     assert "probe" not in table
-    assert f"no class figures: {bars['plain']} has no labels (class folders" in table
+    assert f"no class metrics: {bars['plain']} has no labels (class folders" in table
 
 
 def test_one_class_is_no_ground_for_neighbours(tiny_run: Path, bars: dict[str, Path]) -> None:

@@ -118,7 +118,7 @@ def test_a_collapsed_model_ends_the_run_with_figure_and_remedy(
 
 
 def test_fewer_examples_than_a_batch_says_what_to_set(image_folder: Path) -> None:
-    with pytest.raises(UsageError, match=r"fewer than a batch of 32.*--set batch_size="):
+    with pytest.raises(UsageError, match=r"fewer than a batch of 32.*`recipe.batch_size="):
         Trainer(small_recipe(), load_examples(image_folder), CPU)
 
 
@@ -185,7 +185,7 @@ def test_every_form_of_the_model_trains(network: str, likelihood: str) -> None:
 
 def test_a_size_that_cannot_be_halved_names_the_remedy() -> None:
     spec = DataSpec(pixel_spec=PixelSpec(height=30, width=30, channels=3))
-    with pytest.raises(UsageError, match="--size"):
+    with pytest.raises(UsageError, match="`size`"):
         VSC(load_recipe("sparse"), spec)
 
 
@@ -228,7 +228,7 @@ def test_weight_decay_takes_from_the_weights_of_layers_alone() -> None:
 NOISE_BY_HEART = ("alpha=0.4", "beta=0.05", "learning_rate=0.01", "steps=400", "hidden=128")
 
 
-def test_a_model_that_knows_its_examples_by_heart_says_so_and_what_to_do(
+def test_a_model_that_overfits_says_so_and_what_to_do(
     tmp_path: Path, caplog: pytest.LogCaptureFixture
 ) -> None:
     """Images of noise can be remembered; nothing of one is in another."""
@@ -240,14 +240,14 @@ def test_a_model_that_knows_its_examples_by_heart_says_so_and_what_to_do(
     (warning,) = (line.getMessage() for line in caplog.records if line.levelname == "WARNING")
     assert "the model overfits: squared error is 0." in warning
     assert f"and {health.squared_error:.3g} on the {health.images} kept out" in warning
-    assert "--set input_dropout=0.3 (now 0) and --set weight_decay=1 (now 0)" in warning
+    assert "`recipe.input_dropout=0.3` (now 0) and `recipe.weight_decay=1` (now 0)" in warning
     lines = [json.loads(line) for line in (tmp_path / "log.jsonl").read_text().splitlines()]
     check, trained = lines[-2:]
     assert (check["kind"], trained["kind"]) == ("check", "trained")
     assert trained["squared_error"] < 0.2 * check["squared_error"]
 
 
-def test_what_is_about_as_good_on_what_it_has_not_seen_is_not_called_learned_by_heart() -> None:
+def test_a_model_as_good_on_held_out_examples_does_not_overfit() -> None:
     rows = np.random.default_rng(0).integers(0, 256, (64, 8, 8, 1), dtype=np.uint8)
     spec = DataSpec(pixel_spec=PixelSpec(height=8, width=8, channels=1))
     examples = Examples(rows, [str(number) for number in range(64)], spec)
@@ -262,7 +262,7 @@ def test_what_is_about_as_good_on_what_it_has_not_seen_is_not_called_learned_by_
     assert held_out(9.0, images=19) is None
     assert held_out(3.1) == (
         "squared error is 2 on the examples of the training and 3.1 on the 100 kept out; try"
-        " --set weight_decay=1 (now 0.5)"
+        " `recipe.weight_decay=1` (now 0.5)"
     )
     recipe = replace(recipe, weight_decay=1.0)
     assert str(held_out(3.1)).endswith("try more examples, or fewer steps")

@@ -64,7 +64,7 @@ def test_a_loss_that_is_not_finite_ends_the_run_and_keeps_the_last_good_checkpoi
     assert f"at step {step + 2 if step == 33 else 36}" in message
     assert "not finite" in message or "nan" in message or "inf" in message
     assert "lower learning_rate (now 0.0015)" in message
-    assert "The checkpoint of step 30 is kept: go on from it with --resume" in message
+    assert "The checkpoint of step 30 is kept: go on from it with `resume=True`" in message
     checkpoint = load_checkpoint(run)
     assert checkpoint.state.step == 30
     tensors = (*checkpoint.weights.values(), *checkpoint.optimizer.values())
@@ -224,7 +224,7 @@ def test_a_disk_that_fills_ends_the_run_in_one_line_and_it_resumes_to_the_same_w
         write(self, line)
 
     monkeypatch.setattr(runlog.RunLog, "_write_line", fill)
-    with pytest.raises(InputError, match=r"No space left on device\). Make room .*--resume"):
+    with pytest.raises(InputError, match=r"No space left on device\). Make room .*`resume=True`"):
         fit(small_recipe(), vectors, run, device=CPU)
     monkeypatch.undo()
     fit(small_recipe(), vectors, run, device=CPU, resume=True)

@@ -91,7 +91,7 @@ def test_a_run_hides_what_its_recipe_says_and_its_checks_hide_nothing() -> None:
 def test_bfloat16_products_leave_spike_logits_and_bound_in_float32() -> None:
     recipe = small_recipe("precision=bfloat16")
     trainer = Trainer(recipe, noise_examples(), CPU)
-    assert trainer.half
+    assert trainer.bf16
     examples = trainer.dataset.take(torch.arange(32))
     generator = torch.Generator().manual_seed(0)
     draw = draw_noise(recipe, examples.shape, 30, generator)
@@ -132,7 +132,7 @@ def test_a_compiled_step_without_a_compiler_says_what_is_missing(
     monkeypatch.setenv("PATH", "")
     recipe = small_recipe()
     examples = noise_examples()
-    with pytest.raises(UsageError, match=r"--compile needs a C\+\+ compiler"):
+    with pytest.raises(UsageError, match=r"`is_compiled` needs a C\+\+ compiler"):
         Trainer(recipe, examples, CPU, is_compiled=True)
     with pytest.raises(UsageError, match="leave it away, or do without torchrun"):
         Trainer(recipe, examples, CPU, Group(0, 2), is_compiled=True)

@@ -49,7 +49,7 @@ SAMPLE_COUNT: Final = 512
 
 _OLD_METRICS: Final = "figures"
 _OLD_SAMPLES: Final = {"images": "pictures"}
-"""What runs of an earlier release call their metrics, and arrays of `samples.npz`."""
+"""Keys of the metrics, and of arrays in `samples.npz`, in runs of an earlier release."""
 
 _KIND: Final = "run"
 _WEIGHTS: Final = "weights."

@@ -31,7 +31,7 @@ _MLP_SIDE_LIMIT: Final = 32
 
 @dataclass(frozen=True, kw_only=True)
 class DataSpec:
-    """What the model is fitted to: images of one shape, or vectors of one length."""
+    """Shape of the data: images of one shape, or vectors of one length."""
 
     pixel_spec: PixelSpec | None = None
     """How an image becomes pixels. None for vectors."""

@@ -70,7 +70,10 @@ class Terms(NamedTuple):
 
 
 class Draw(NamedTuple):
-    """What a step draws, and where it stands: given this, the terms are a function of tensors."""
+    """Random draws of a step and its place in the schedule.
+
+    Given these, the terms are a function of tensors.
+    """
 
     uniform: Tensor
     """Uniform noise in [0, 1) for the spikes, shape (images, latents)."""

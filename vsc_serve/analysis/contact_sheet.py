@@ -59,7 +59,7 @@ class _Feature:
 
 @dataclass(frozen=True)
 class _Row:
-    """What is drawn for one image."""
+    """Row of the sheet: one image."""
 
     id: str
     pixels: _Pixels | None

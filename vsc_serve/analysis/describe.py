@@ -13,7 +13,7 @@ _RUN_SUMMARY: Final = "run.json"
 """Written by `vsc train`; read here as JSON, so that the runtime needs no torch to show a run."""
 _MAX_SUMMARY_BYTES: Final = 2**23
 _OLD_METRICS: Final = "figures"
-"""What runs of an earlier release call their metrics."""
+"""Key of the metrics in runs of an earlier release."""
 
 
 def describe(path: Path) -> dict[str, Any]:

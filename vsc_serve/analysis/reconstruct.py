@@ -22,7 +22,7 @@ _ROWS_AT_ONCE = 1024
 _KIND = "reconstructions"
 
 RECONSTRUCTIONS = marked("a folder of reconstructions", _KIND, "*.png")
-"""What `write_reconstructions` writes."""
+"""Output of `write_reconstructions`."""
 
 
 def write_reconstructions(

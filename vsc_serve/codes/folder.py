@@ -115,7 +115,7 @@ def _load_list(folder: Path) -> Any:
 
 @dataclass(frozen=True)
 class _Entry:
-    """What the list says about a shard."""
+    """Entry of a shard in the list."""
 
     file: str
     rows: int

@@ -51,7 +51,7 @@ def join_codes(
 
 @dataclass(frozen=True, kw_only=True)
 class _Part:
-    """What must be known of a file before it can be joined with others."""
+    """Facts of a file that joining it with others depends on."""
 
     path: Path
     shape: tuple[int, int]

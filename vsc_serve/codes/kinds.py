@@ -13,7 +13,7 @@ ERRORS_LIST: Final = "errors.jsonl"
 """Inputs without a row, in a folder of shards."""
 
 _OF_THE_RUN: Final = ("run.json", "part-*.json", "digests.npy")
-"""What a run that was killed in its last moment did not remove."""
+"""Leftovers of a run that was killed in its last moment."""
 
 
 def _is_codes(path: Path) -> bool:

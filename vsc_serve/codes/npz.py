@@ -35,7 +35,7 @@ _ZIP_EPOCH: Final = (1980, 1, 1, 0, 0, 0)
 
 
 class CodeFile(NamedTuple):
-    """What a `codes.npz` holds."""
+    """Contents of a `codes.npz`."""
 
     codes: Codes
     """One row per image."""

@@ -25,7 +25,7 @@ MAX_COLUMNS: Final = 2**24
 _MEMBERS: Final = frozenset(
     {"format", "shape", "data", "indices", "indptr", "ids", "meta", "digests", *ALIGNED}
 )
-"""What is read of a file; others are left alone."""
+"""Members of a file that are read; others are left alone."""
 
 _META: Final[dict[str, Any]] = {
     **dict.fromkeys(("model", "model_digest", "view", "engine", "vsc_serve", "sign"), str | None),

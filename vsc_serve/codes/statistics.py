@@ -20,7 +20,7 @@ ALWAYS_ON_SHARE: Final = 0.99
 
 @dataclass
 class DecisionStatistics:
-    """What only the encoder sees: decisions near the threshold, and what a limit dropped."""
+    """Statistics of the encoder's decisions: near the threshold, and dropped by a limit."""
 
     judged: int = 0
     """Images of which decisions near the threshold were counted."""

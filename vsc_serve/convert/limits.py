@@ -1,4 +1,4 @@
-"""What each target takes, and the check of all rows against it before the first byte is written.
+"""Limits of each target, and the check of all rows against it before the first byte is written.
 
 A value that a target does not take is refused there late, or dropped, or wrapped, or ranked wrong
 without a word. docs/convert.md has the table.
@@ -17,7 +17,7 @@ SMALLEST_NORMAL: Final = float(np.finfo(np.float32).smallest_normal)
 
 @dataclass(frozen=True, kw_only=True)
 class Limits:
-    """What a target takes. None means that it sets no limit that codes can reach."""
+    """Limits of a target. None means that it sets no limit that codes can reach."""
 
     is_signed: bool
     """Values may be negative."""

@@ -23,7 +23,7 @@ POINT_NAMESPACE: Final = uuid.uuid5(uuid.NAMESPACE_OID, "vsc-serve id of a row")
 
 @dataclass(frozen=True, kw_only=True)
 class Target:
-    """What the lines depend on beside the rows."""
+    """Settings of the text formats."""
 
     latent_dim: int
     """Latents J of the model; after a split there are twice as many columns."""

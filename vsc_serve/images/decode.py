@@ -36,9 +36,9 @@ DECODE_ERRORS: Final = (
     *(RuntimeError, AttributeError, ZeroDivisionError, MemoryError, struct.error, zlib.error),
     AssertionError,
 )
-"""What Pillow's decoders raise on broken images."""
+"""Exceptions of Pillow's decoders on broken images."""
 _OVER_PILLOWS_LIMIT: Final = (Image.DecompressionBombError, Image.DecompressionBombWarning)
-"""What a release of Pillow may raise that checks sizes where this one does not."""
+"""Exception of a release of Pillow that checks sizes where this one does not."""
 
 
 @dataclass(frozen=True)

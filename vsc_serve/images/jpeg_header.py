@@ -1,4 +1,4 @@
-"""What a JPEG says of itself before its image data: size, components, kind, rotation.
+"""JPEG headers: size, components, kind, rotation.
 
 Words are those of the standard (ITU-T T.81, annex B).
 """
@@ -16,9 +16,9 @@ _LOSSLESS: Final = frozenset({0xC3, 0xC7, 0xCB, 0xCF})
 _FIRST_ARITHMETIC: Final = 0xC9
 _RESTARTS: Final = range(0xD0, 0xD8)
 _WITHOUT_LENGTH: Final = frozenset({0x00, 0x01, *_RESTARTS, SOI, EOI, _FILL})
-"""What may follow 0xFF and begins no segment: stuffing, TEM, restart markers, fill bytes."""
+"""Bytes after 0xFF that begin no segment: stuffing, TEM, restart markers, fill bytes."""
 _IN_SCAN: Final = frozenset({0x00, *_RESTARTS, _FILL})
-"""What may follow 0xFF within entropy-coded data."""
+"""Bytes that may follow 0xFF within entropy-coded data."""
 _EXIF, _XMP = b"Exif\0\0", b"http://ns.adobe.com/xap/1.0/\0"
 
 
@@ -29,7 +29,7 @@ class Segment(NamedTuple):
     start: int
     """Where the marker begins."""
     body: bytes
-    """What follows the length."""
+    """Payload, after the length."""
 
     @property
     def end(self) -> int:
@@ -38,7 +38,7 @@ class Segment(NamedTuple):
 
 
 class Header(NamedTuple):
-    """What a JPEG says before its first scan."""
+    """JPEG header: everything before the first scan."""
 
     frame: Segment
     exif: bytes

@@ -21,11 +21,11 @@ from vsc_serve.images.png import without_extras
 from vsc_serve.images.webp import ShortReads
 
 _BROKEN_HEADER: Final = (SyntaxError, IndexError, TypeError, struct.error)
-"""What a plugin raises on a file that it does not know."""
+"""Exceptions of a plugin on a file that it does not know."""
 _HEIF_BRANDS: Final = frozenset(
     {b"heic", b"heix", b"hevc", b"hevx", b"heim", b"heis", b"hevm", b"hevs"}
 )
-"""What the first box of a HEIF file is called when HEVC is inside; AVIF has names of its own."""
+"""Brands in the first box of a HEIF file with HEVC inside; AVIF has brands of its own."""
 _AVIF_BRANDS: Final = frozenset({b"avif", b"avis"})
 
 # Other formats stay shut: Pillow would hand an EPS file, which is a program, to Ghostscript, and

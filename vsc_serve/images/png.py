@@ -1,4 +1,4 @@
-"""What PNG needs beside Pillow: a quick way for plain small files, and transparent colours.
+"""PNG beyond Pillow: a quick way for plain small files, and transparent colours.
 
 Of the time that Pillow takes for a 28x28 image, most goes into objects for what plain files do not
 have. `read_plain_png` reads those files and nothing else: everything odd or broken gives None, and

@@ -1,6 +1,6 @@
 """From an opened image to the pixels a model sees.
 
-Training, the command line, the service and the tests all call `to_pixels`, so a image cannot be
+Training, the command line, the service and the tests all call `to_pixels`, so an image cannot be
 resized one way in training and another way in production. Nothing here opens a file (see `images`),
 and nothing here scales pixel values (normalisation is inside the ONNX graph).
 """
@@ -25,7 +25,7 @@ _UNBOUNDED_MODES: Final = ("I", "F")
 
 @dataclass(frozen=True, kw_only=True)
 class PixelSpec:
-    """What a image is turned into before a model sees it."""
+    """Preprocessing rule: how an image becomes the pixels that a model takes."""
 
     height: int
     """Rows of pixels."""

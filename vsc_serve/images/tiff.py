@@ -1,4 +1,4 @@
-"""What TIFF needs beside Pillow: depths, palettes and white-is-zero, and no limit of its own."""
+"""TIFF beyond Pillow: depths, palettes and white-is-zero, and no limit of its own."""
 
 from functools import cache
 from io import BytesIO

@@ -23,7 +23,7 @@ Show = Callable[[str], AbstractContextManager[Progress]]
 
 
 class Encoded(NamedTuple):
-    """What a job has done."""
+    """Result of an encode job."""
 
     outcome: Outcome
     scan: Scan
@@ -32,7 +32,7 @@ class Encoded(NamedTuple):
 
 
 class Plan(NamedTuple):
-    """What a job would do."""
+    """Plan of an encode job, for a dry run."""
 
     scan: Scan
     finished: int

@@ -28,7 +28,7 @@ STDIN: Final = "-"
 
 @dataclass(frozen=True, kw_only=True)
 class Job:
-    """What to encode, how, and where to. Raises UsageError for what makes no sense."""
+    """Encode job: inputs, options and output. Raises UsageError for what makes no sense."""
 
     inputs: list[str]
     """Folders, files, patterns, archives, URLs, `-`; or numpy files of rows."""

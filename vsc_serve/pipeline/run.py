@@ -55,7 +55,7 @@ _NO_SIGNATURE: Final = ""
 
 @dataclass
 class Outcome:
-    """What a run did."""
+    """Result of a run."""
 
     statistics: CodeStatistics
     rejected: int = 0

@@ -70,7 +70,7 @@ class ShardRecord:
     rejected: list[RejectedSource]
     """Sources without a row; they are tried again by every run."""
     statistics: dict[str, Any]
-    """What the closing summary adds up."""
+    """Totals of the closing summary."""
 
 
 class Fingerprint:

@@ -1,4 +1,4 @@
-"""What /openapi.json says of the bodies of requests and answers."""
+"""OpenAPI schemas of the bodies of requests and answers."""
 
 from typing import Any, Final
 

@@ -1,4 +1,4 @@
-"""What all requests share: limits, the encoder, and the threads that work."""
+"""State shared by all requests: limits, the encoder, and the threads that work."""
 
 from collections.abc import Callable
 from dataclasses import dataclass, field, fields
@@ -35,7 +35,7 @@ class Limits:
 
 
 class Service:
-    """What the routes share: the encoder, the worker threads, and whether work is taken."""
+    """State of the service: the encoder, the worker threads, and whether work is taken."""
 
     def __init__(self, encoder: Encoder, limits: Limits) -> None:
         self.encoder = encoder

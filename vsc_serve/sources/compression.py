@@ -22,7 +22,7 @@ _BUFFER: Final = 2**18
 _TAR_MARK: Final = slice(257, 262)
 
 DAMAGE: Final = (OSError, EOFError, zlib.error, lzma.LZMAError, ValueError, RuntimeError)
-"""What the unpackers raise on damaged bytes."""
+"""Exceptions of the unpackers on damaged bytes."""
 
 
 def _unzstd(file: Any) -> Any:

@@ -17,13 +17,13 @@ from vsc_serve.errors import Kind
 
 
 class Fault(NamedTuple):
-    """What an error of a read means."""
+    """Meaning of a read error."""
 
     kind: Kind
     """`unavailable` where the way to the input has failed, else what is wrong with this input."""
     reason: str
     advice: str = ""
-    """What a person can do about an input that is unavailable."""
+    """Advice for an input that is unavailable."""
     is_lasting: bool = False
     """Whether waiting seldom helps: access was refused, or the machine is exhausted."""
     retry_after_s: float | None = None

@@ -33,7 +33,7 @@ class Stream(Protocol):
 
 
 class Header(NamedTuple):
-    """What a numpy file says of its array."""
+    """Header of a numpy file."""
 
     shape: tuple[int, ...]
     dtype: np.dtype[Any]

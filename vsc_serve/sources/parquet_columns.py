@@ -23,7 +23,7 @@ class ImageColumn(NamedTuple):
 
 
 class Cell(NamedTuple):
-    """What a table says of one image."""
+    """Cells of a table that belong to one image."""
 
     content: bytes | None
     path: str | None

@@ -15,7 +15,7 @@ Handle = TypeVar("Handle")
 
 
 class _Open(threading.local):
-    """What this thread has opened, in this process."""
+    """Files that this thread has open, in this process."""
 
     process = -1
     handles: "OrderedDict[tuple[str, object], _Kept]"

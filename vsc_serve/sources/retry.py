@@ -52,7 +52,7 @@ class RetryPolicy:
 
 
 RETRY: Final = RetryPolicy()
-"""What is done where nobody says otherwise."""
+"""Default retry policy."""
 
 
 def reach(

@@ -22,7 +22,7 @@ from vsc_serve.sources.places import drop, keep_open
 from vsc_serve.sources.retry import RETRY, RetryPolicy
 
 _ERRORS: Final = (tarfile.TarError, struct.error, LookupError, OverflowError, *DAMAGE)
-"""What tarfile raises on damaged headers."""
+"""Exceptions of tarfile on damaged headers."""
 _BLOCK: Final = tarfile.BLOCKSIZE
 _SCAN: Final = 2**20
 """Bytes that are looked through at a time for what follows the end of an archive."""

@@ -20,7 +20,7 @@ _LOCATOR_64: Final = struct.Struct("<4sLQL")
 _ENTRY: Final = struct.Struct("<4s6H3L5H2L")
 _LONGEST_COMMENT: Final = 65_535
 _TOO_LARGE: Final = 0xFFFFFFFF
-"""What a 32-bit field says when the number is in the 64-bit extra field."""
+"""Value of a 32-bit field when the number is in the 64-bit extra field."""
 _WRAP: Final = 2**32
 _ENCRYPTED: Final = 0x1
 _UTF_8: Final = 0x800

@@ -154,7 +154,7 @@ def evaluate_run(
 
 
 class _Pass(NamedTuple):
-    """What one pass over all rows collects."""
+    """Collected outputs of one pass over all rows."""
 
     codes: Codes
     """Deterministic codes, tau = 0.5."""
