@@ -122,12 +122,12 @@ def test_a_process_that_was_forked_opens_the_archive_anew(tmp_path):
     """One file position in two processes: each would read from where the other has left off."""
     source = next(find_sources([str(write_tar(tmp_path / "a.tar"))]))
     assert isinstance(source, TarSource)
-    here = places.keep_open(source.path, open_tar, RETRY)
+    here = open_files.keep_open(source.path, open_tar, RETRY)
     here.seek(7)
     receive, send = os.pipe()
     child = os.fork()
     if child == 0:
-        there = places.keep_open(source.path, open_tar, RETRY)
+        there = open_files.keep_open(source.path, open_tar, RETRY)
         there.seek(0)
         os.write(send, b"same" if there is here else b"anew")
         os._exit(0)
