@@ -26,6 +26,7 @@ ENCODER: Final = "encoder.onnx"
 ENCODER_CSR: Final = "encoder_csr.onnx"
 ENCODER_TOPK: Final = "encoder_topk.onnx"
 DECODER: Final = "decoder.onnx"
+LINEAR_MAP: Final = "linear_map.npz"
 
 Modality = Literal["image", "vector"]
 Precision = Literal["float32", "fp16", "int8"]
@@ -124,6 +125,13 @@ class Manifest:
         return {self.modality: entry, **latents, **drawn}
 
     @property
+    def data_dim(self) -> int:
+        """Values of what the decoder draws: pixels, a vector's, or of a backbone's embedding."""
+        if self.backbone is not None:
+            return int(self.backbone["dim"])
+        return math.prod(self.pixel_spec.shape) if self.pixel_spec else self.input_dim or 0
+
+    @property
     def draws_images(self) -> bool:
         """Whether the decoder draws images; behind a backbone it draws embeddings."""
         return self.modality == "image" and self.backbone is None
@@ -181,8 +189,10 @@ def _wrong_values(manifest: Manifest) -> Iterator[str]:
         yield "alpha and active must be finite"
     if manifest.precision not in get_args(Precision):
         yield f"precision must be {', '.join(get_args(Precision))}, not {manifest.precision!r}"
-    if manifest.backbone is not None and type(manifest.backbone.get("dim")) is not int:
-        yield "backbone.dim must be an integer"
+    if manifest.backbone is not None:
+        dim = manifest.backbone.get("dim")
+        if type(dim) is not int or not 0 < dim <= _MAX_INPUT:
+            yield f"backbone.dim must be an integer from 1 to {_MAX_INPUT}"
     for probe in manifest.probes:
         rising = [-1, *probe.indices, manifest.latent_dim]
         is_row = all(first < second for first, second in pairwise(rising))

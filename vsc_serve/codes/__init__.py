@@ -18,7 +18,7 @@ from vsc_serve.codes.folder import (
 )
 from vsc_serve.codes.join import join_codes
 from vsc_serve.codes.kinds import CODES_FILE, CODES_FOLDER, ERROR_FILE, ERRORS_LIST
-from vsc_serve.codes.npz import FORMAT, CodeFile, codes_to_bytes, write_codes
+from vsc_serve.codes.npz import FORMAT, CodeFile, Member, codes_to_bytes, write_codes, write_members
 from vsc_serve.codes.rows import (
     CodeRows,
     Codes,
@@ -56,6 +56,7 @@ __all__ = [
     "CodeStatistics",
     "Codes",
     "DecisionStatistics",
+    "Member",
     "Shard",
     "active_positions",
     "build_csr",
@@ -76,4 +77,5 @@ __all__ = [
     "threshold",
     "threshold_logit",
     "write_codes",
+    "write_members",
 ]
