@@ -17,6 +17,7 @@ from vsc_serve.errors import BundleError
 from vsc_serve.external_data import external_files
 from vsc_serve.manifest import (
     DECODER,
+    EMBEDDING,
     ENCODER,
     ENCODER_CSR,
     ENCODER_TOPK,
@@ -37,6 +38,7 @@ from vsc_serve.untrusted import inside, open_plain, read_plain
 __all__ = [
     "BUNDLE_FOLDER",
     "DECODER",
+    "EMBEDDING",
     "ENCODER",
     "ENCODER_CSR",
     "ENCODER_TOPK",

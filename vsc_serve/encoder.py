@@ -3,6 +3,8 @@
 import hashlib
 import logging
 from collections.abc import Sequence
+from dataclasses import replace
+from functools import cached_property
 from pathlib import Path
 from typing import Any, Final
 
@@ -11,7 +13,7 @@ import PIL
 from numpy.typing import NDArray
 from PIL import Image
 
-from vsc_serve.bundle import ENCODER, Bundle, Manifest, Probe, image_spec, open_bundle
+from vsc_serve.bundle import EMBEDDING, ENCODER, Bundle, Manifest, Probe, image_spec, open_bundle
 from vsc_serve.codes import (
     CodeRows,
     Codes,
@@ -20,10 +22,18 @@ from vsc_serve.codes import (
     stack_rows,
     threshold_logit,
 )
-from vsc_serve.compaction import DENSE, BatchFacts, Compaction, EncodedBatch, NotFinite
+from vsc_serve.compaction import (
+    DENSE,
+    BatchFacts,
+    Compaction,
+    EncodedBatch,
+    GraphOutputs,
+    NotFinite,
+)
 from vsc_serve.errors import BundleError, InputError
 from vsc_serve.images import PixelSpec, decode_pixels, read_pixels
-from vsc_serve.options import PLAIN, EncodeOptions
+from vsc_serve.linear_map import LinearMap, read_linear_map
+from vsc_serve.options import PLAIN, REFITTED, EncodeOptions
 from vsc_serve.session import Device, Session, SessionPool, open_graph
 
 logger = logging.getLogger(__name__)
@@ -48,7 +58,12 @@ class Encoder:
     """
 
     def __init__(
-        self, session: Session, manifest: Manifest, compaction: Compaction = DENSE
+        self,
+        session: Session,
+        manifest: Manifest,
+        compaction: Compaction = DENSE,
+        *,
+        path: Path | None = None,
     ) -> None:
         """Wrap an open session. `Encoder.open` is what most callers want.
 
@@ -56,9 +71,11 @@ class Encoder:
             session: Computes the graph that the compaction names.
             manifest: What the bundle says.
             compaction: How outputs become rows.
+            path: Folder of the bundle, where its linear map lies; refitted values need it.
         """
         self._session = session
         self._compaction = compaction
+        self._path = path
         self.manifest = manifest
 
     @classmethod
@@ -91,13 +108,23 @@ class Encoder:
         session = open_graph(bundle, ENCODER, device=device, threads=threads)
         logger.info("%s: %s on %s", bundle.path, bundle.manifest.name, session.engine)
         if session.engine.endswith("cuda"):
-            return cls(SessionPool(session, *_GPU_BATCH_SIZES), bundle.manifest)
-        return cls(session, bundle.manifest)
+            pool = SessionPool(session, *_GPU_BATCH_SIZES)
+            return cls(pool, bundle.manifest, path=bundle.path)
+        return cls(session, bundle.manifest, path=bundle.path)
 
     @property
     def engine(self) -> str:
         """What computes: engine, version and device."""
         return self._session.engine
+
+    @cached_property
+    def linear_map(self) -> LinearMap:
+        """The linear map of the bundle, read when it is first wanted.
+
+        Raises:
+            BundleError: The bundle has none, or it is damaged.
+        """
+        return read_linear_map(Bundle(self._path or Path(self.manifest.name), self.manifest))
 
     def encode(
         self, images: NDArray[Any] | Sequence[ImageLike], *, tau: float | None = None
@@ -131,12 +158,15 @@ class Encoder:
 
         Raises:
             InputError: Wrong shape or type, or a model that gives values that are not finite.
+            BundleError: Refitted values are asked for, and the bundle has no linear map.
         """
         return self.encode_counted(rows, options).rows
 
     def encode_counted(self, rows: NDArray[Any], options: EncodeOptions = PLAIN) -> EncodedBatch:
         """Encode as `encode_rows` does, and give the statistics of the decisions too."""
         _check_rows(rows, self.manifest)
+        if options.refit:
+            self._require_refit()
         decisions, parts = DecisionStatistics(), []
         for start in range(0, len(rows), BATCH_SIZE):
             encoded = self._encode_batch(rows[start : start + BATCH_SIZE], start, options)
@@ -146,6 +176,32 @@ class Encoder:
         if not parts:
             parts = [empty_rows(latent_dim, aligned=options.uncertainty)]
         return EncodedBatch(stack_rows(parts, latent_dim), decisions)
+
+    def targets(self, rows: NDArray[Any]) -> NDArray[np.float32]:
+        """Return what the decoder is to draw for rows, and a second stage compares with.
+
+        Pixels / 255, the vectors themselves, or the embeddings that a backbone gives.
+
+        Args:
+            rows: Pixels or vectors, as `encode` takes them.
+
+        Returns:
+            Data, flattened, shape (rows, dimensions).
+
+        Raises:
+            InputError: Wrong shape or type.
+            BundleError: The bundle has a backbone and was exported without the output `embedding`.
+        """
+        _check_rows(rows, self.manifest)
+        if self.manifest.backbone is None:
+            return _flattened(rows)
+        self._require_embedding()
+        parts = [np.empty((0, self.manifest.data_dim), np.float32)]
+        for start in range(0, len(rows), BATCH_SIZE):
+            batch = rows[start : start + BATCH_SIZE]
+            (found,) = self._session.run([EMBEDDING], {self.manifest.modality: batch})
+            parts.append(found[: len(batch)])
+        return np.concatenate(parts)
 
     def provenance(
         self, options: EncodeOptions = PLAIN, *, tau: float | None = None
@@ -166,6 +222,7 @@ class Encoder:
             "tau": self.manifest.tau if chosen is None else chosen,
             "view": options.view,
             **limit,
+            **({"values": REFITTED} if options.refit else {}),
             "engine": self.engine,
             "vsc_serve": __version__,
         }
@@ -174,11 +231,12 @@ class Encoder:
         """Encode what a graph is given at once; `start` is its first row, for messages."""
         limit = threshold_logit(self.manifest.tau if options.tau is None else options.tau)
         feeds = {self.manifest.modality: rows, "tau_logit": np.array(limit)}
-        outputs = self._compaction.outputs(options)
+        outputs = [*self._compaction.outputs(options), *self._refit_outputs(options)]
         found = dict(zip(outputs, self._session.run(outputs, feeds), strict=True))
         batch = BatchFacts(len(rows), self.manifest.latent_dim, limit)
         try:
-            return self._compaction.compact(found, batch, options)
+            encoded = self._compaction.compact(found, batch, options)
+            return self._refit(encoded, rows, found) if options.refit else encoded
         except NotFinite as error:
             row = start + error.row
             raise InputError(
@@ -188,6 +246,35 @@ class Encoder:
                 kind="not finite",
                 row=row,
             ) from None
+
+    def _refit_outputs(self, options: EncodeOptions) -> list[str]:
+        """Return what refitted values need of the graph."""
+        return [EMBEDDING] if options.refit and self.manifest.backbone is not None else []
+
+    def _refit(
+        self, encoded: EncodedBatch, rows: NDArray[Any], found: GraphOutputs
+    ) -> EncodedBatch:
+        """Replace the values of a batch. Raises NotFinite."""
+        data = found[EMBEDDING][: len(rows)] if EMBEDDING in found else _flattened(rows)
+        codes = self.linear_map.refit(encoded.rows.codes, data)
+        bad = np.flatnonzero(~np.isfinite(codes.data))
+        if len(bad):
+            raise NotFinite(int(np.searchsorted(codes.indptr, bad[0], "right")) - 1)
+        return encoded._replace(rows=replace(encoded.rows, codes=codes))
+
+    def _require_refit(self) -> None:
+        """Raise BundleError unless the bundle has what refitted values need."""
+        self.linear_map  # noqa: B018  # reads it
+        if self.manifest.backbone is not None:
+            self._require_embedding()
+
+    def _require_embedding(self) -> None:
+        if EMBEDDING not in self.manifest.graphs.get(ENCODER, {}).get("outputs", {}):
+            raise BundleError(
+                f"{self._path or self.manifest.name}: its encoder does not give the embeddings of"
+                " its backbone, which a second stage and refitted values need. Export the run"
+                " again with this version."
+            )
 
     def read(self, images: Sequence[ImageLike]) -> NDArray[np.uint8]:
         """Return the pixels of images, as `encode_rows` takes them.
@@ -203,6 +290,11 @@ class Encoder:
             raise InputError("encode takes a list of images, not a single one: pass [image]")
         pixels = [_image_pixels(image, row, spec) for row, image in enumerate(images)]
         return np.stack(pixels) if pixels else np.empty((0, *spec.shape), np.uint8)
+
+
+def _flattened(rows: NDArray[Any]) -> NDArray[np.float32]:
+    flat = rows.reshape(len(rows), -1).astype(np.float32)
+    return flat if rows.dtype.kind == "f" else flat / np.float32(255)
 
 
 def _image_pixels(image: ImageLike, row: int, spec: PixelSpec) -> NDArray[np.uint8]:

@@ -10,7 +10,13 @@ from vsc_serve.errors import UsageError
 GUARD_BAND: Final = 1e-4
 """Spike logits this near to the threshold may fall on its other side on another engine."""
 
+QUERY_TAU: Final = 0.1
+"""Threshold of queries, where neither the caller nor the model's manifest gives one."""
+
 View = Literal["mean", "gamma", "spike"]
+
+REFITTED: Final = "refitted"
+"""What provenance says of codes whose values were refitted, under `values`."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -25,6 +31,9 @@ class EncodeOptions:
     """Keep this many active latents of a row, those with the largest |mu|; None keeps all."""
     uncertainty: bool = False
     """Give gamma and sigma of every entry beside the codes."""
+    refit: bool = False
+    """Give the values that decode nearest to the data by the bundle's linear map, in place of slab
+    means; see `LinearMap.refit`."""
 
     def __post_init__(self) -> None:
         if self.tau is not None:
@@ -33,6 +42,11 @@ class EncodeOptions:
             raise UsageError(f"view must be one of {', '.join(get_args(View))}, not {self.view}")
         if self.max_active is not None and self.max_active < 1:
             raise UsageError(f"max_active must be 1 or more, not {self.max_active}")
+        if self.refit and self.view != "mean":
+            raise UsageError(
+                f"`refit` and `view={self.view}`: give one of them. Refitted values take the place"
+                " of slab means."
+            )
 
     @classmethod
     def of_codes(cls, meta: Mapping[str, Any]) -> "EncodeOptions":
@@ -42,17 +56,24 @@ class EncodeOptions:
             meta: Provenance of the codes; what it does not say is as in a plain file.
 
         Raises:
-            UsageError: The codes were changed since: no encoder gives codes that are split by sign.
+            UsageError: The codes were changed since: no encoder gives codes that are split by sign;
+                or their values are of a kind that this version does not know.
         """
         if meta.get("sign") is not None:
             raise UsageError(
                 f"these codes were changed since they were encoded (sign: {meta['sign']}). Give the"
                 " file that `vsc encode` wrote."
             )
+        if meta.get("values") not in (None, REFITTED):
+            raise UsageError(
+                f"these codes have values {meta['values']!r}, which this vsc-serve does not know."
+                " Upgrade vsc-serve."
+            )
         return cls(
             tau=meta.get("tau"),
             view=meta.get("view", "mean"),
             max_active=meta.get("max_active"),
+            refit=meta.get("values") == REFITTED,
         )
 
 

@@ -6,6 +6,7 @@ backbone as onnxruntime runs it alone, on pixels prepared as in training, and th
 """
 
 import json
+import shutil
 import tempfile
 from dataclasses import replace
 from pathlib import Path
@@ -38,6 +39,7 @@ from vsc_serve.bundle import (
     DECODER,
     ENCODER,
     ENCODER_TOPK,
+    LINEAR_MAP,
     MANIFEST,
     Manifest,
     Precision,
@@ -141,6 +143,8 @@ def _join(
             rows = np.concatenate(list(inputs.values()))
             graphs[ENCODER_TOPK], overflow = add_topk(folder, top_k, rows, facts)
         _write_reports(vectors, spec, found, folder)
+        if (vectors.path / LINEAR_MAP).is_file():
+            shutil.copyfile(vectors.path / LINEAR_MAP, folder / LINEAR_MAP)
         manifest = replace(
             manifest,
             modality=IMAGE,

@@ -9,6 +9,7 @@ import onnx
 from onnx import TensorProto, compose, helper, numpy_helper
 
 from vsc_export.graphs import TAU_INPUT, strip_provenance
+from vsc_serve.bundle import EMBEDDING
 from vsc_training.backbone import BackboneSpec
 
 IMAGE: Final = "image"
@@ -30,15 +31,17 @@ def join_graphs(
 
     Returns:
         A graph that takes `image`, uint8 (batch, height, width, channels), and gives what the
-        encoder gives.
+        encoder gives, and as `embedding` what the backbone gives, float32 (batch, dimensions).
     """
     front = compose.add_prefix(backbone, _PREFIX)
     joined = onnx.ModelProto()
     joined.CopyFrom(encoder)
     graph = joined.graph
     del graph.node[:], graph.input[:]
-    graph.node.extend([*_preparing_nodes(spec), *front.graph.node, _bridge(spec)])
+    graph.node.extend([*_preparing_nodes(spec), *front.graph.node, *_bridge(spec)])
     graph.node.extend(encoder.graph.node)
+    row: list[str | int | None] = ["batch", spec.dim]
+    graph.output.append(helper.make_tensor_value_info(EMBEDDING, TensorProto.FLOAT, row))
     shape: list[str | int | None] = ["batch", *spec.pixel_spec.shape]
     graph.input.append(helper.make_tensor_value_info(IMAGE, TensorProto.UINT8, shape))
     graph.input.extend(value for value in encoder.graph.input if value.name == TAU_INPUT)
@@ -81,7 +84,11 @@ def _scaling(spec: BackboneSpec) -> list[onnx.TensorProto]:
     ]
 
 
-def _bridge(spec: BackboneSpec) -> onnx.NodeProto:
-    """Return the node from the backbone's output to the encoder's input; it is often float32."""
-    output = _PREFIX + spec.output
-    return helper.make_node("Cast", [output], [VECTOR], name="bridge", to=TensorProto.FLOAT)
+def _bridge(spec: BackboneSpec) -> list[onnx.NodeProto]:
+    """Return the nodes from the backbone's output, often float32, to the encoder's input."""
+    return [
+        helper.make_node(
+            "Cast", [_PREFIX + spec.output], [EMBEDDING], name="bridge", to=TensorProto.FLOAT
+        ),
+        helper.make_node("Identity", [EMBEDDING], [VECTOR], name="to_encoder"),
+    ]

@@ -1,18 +1,31 @@
 """The model card: what a bundle's README.md says, from the metrics that were measured."""
 
+from typing import NamedTuple
+
 from vsc_export.operating_points import Rows, TauPoint
 from vsc_export.parity import Parity
+from vsc_export.search_points import SearchPoint
 from vsc_serve.bundle import Manifest
+from vsc_serve.index.rerank import CANDIDATES
 from vsc_serve.options import GUARD_BAND
 from vsc_training.checkpoint import RunState
+
+
+class Points(NamedTuple):
+    """Operating points, and the rows that they were measured on."""
+
+    trade_off: list[TauPoint]
+    """What each setting of tau costs and keeps."""
+    search: list[SearchPoint]
+    """What a search finds at each of them."""
+    measured: Rows
 
 
 def model_card(
     state: RunState,
     manifest: Manifest,
     parity: Parity,
-    trade_off: list[TauPoint],
-    measured: Rows,
+    points: Points,
     about: str = "",
 ) -> str:
     """Return the text of the model card.
@@ -21,8 +34,7 @@ def model_card(
         state: What the run says.
         manifest: What the bundle says.
         parity: How the bundle compares with the run.
-        trade_off: What each setting of tau costs and keeps.
-        measured: Rows on which the trade-off was measured.
+        points: What each setting of tau costs, keeps and finds.
         about: What its maker says of it; stands before the metrics.
     """
     metrics = state.metrics
@@ -52,7 +64,11 @@ Measured on {metrics["images"]} examples that were not trained on, at tau 0.5.
 
 ## Operating points
 
-{_trade_off_table(trade_off, manifest.tau, len(measured.rows), measured.source)}
+{_trade_off_table(points.trade_off, manifest.tau, points.measured)}
+
+## Search
+
+{_search_table(points.search, manifest.tau)}
 
 ## Parity with the trained model
 
@@ -80,7 +96,7 @@ def _precision_note(manifest: Manifest) -> str:
     return "" if manifest.precision == "float32" else "; the spike head is float32"
 
 
-def _trade_off_table(trade_off: list[TauPoint], own_tau: float, count: int, source: str) -> str:
+def _trade_off_table(trade_off: list[TauPoint], own_tau: float, measured: Rows) -> str:
     """Return the table of tau with the bundle's own in bold, and what its columns are."""
     has_labels = trade_off[0].knn is not None
     lines = [
@@ -89,19 +105,56 @@ def _trade_off_table(trade_off: list[TauPoint], own_tau: float, count: int, sour
         "|---|---|---|---|---|" + ("---|" if has_labels else ""),
     ]
     for point in trade_off:
-        tau = f"**{point.tau:g}**" if point.tau == own_tau else f"{point.tau:g}"
+        tau = _bold(point.tau, own_tau)
         knn = f" {point.knn:.3f} |" if point.knn is not None else ""
         lines.append(
             f"| {tau} | {point.active:.1f} | {point.search_cost:.2f} | {point.neighbour_recall:.3f}"
             f" | {point.squared_error:.2f} |{knn}"
         )
     definitions = (
-        f"On {count} rows of {source}. Search cost: postings that a query is expected to\ntouch per"
-        " row, sum_j f_j^2. Neighbour recall@10: of the ten nearest rows in the data itself"
-        " (cosine,\ncentred), the share that are among the ten nearest by their codes."
+        f"On {len(measured.rows)} rows of {measured.source}. Search cost: postings that a query is"
+        " expected to\ntouch per row, sum_j f_j^2. Neighbour recall@10: of the ten nearest rows in"
+        " the data itself (cosine,\ncentred), the share that are among the ten nearest by their"
+        " codes."
     )
     knn = "\nkNN: share whose class is that of most of ten neighbours." if has_labels else ""
     return "\n".join(lines) + "\n\n" + definitions + knn
+
+
+def _search_table(search: list[SearchPoint], own_tau: float) -> str:
+    """Return the table of what a search finds, and what its columns are."""
+    has_map = search[0].second_stage is not None
+    lines = [
+        "| tau | tau of queries | search cost | neighbour recall@10 |"
+        + (" second stage |" if has_map else ""),
+        "|---|---|---|---|" + ("---|" if has_map else ""),
+    ]
+    for point in search:
+        second = f" {point.second_stage:.3f} |" if point.second_stage is not None else ""
+        lines.append(
+            f"| {_bold(point.tau, own_tau)} | {point.query_tau:g} | {point.search_cost:.2f}"
+            f" | {point.recall:.3f} |{second}"
+        )
+    text = (
+        "On the same rows, with queries that keep more latents than what is stored (sqrt(gamma) mu"
+        " above a\nthreshold of their own)."
+    )
+    return "\n".join(lines) + "\n\n" + text + _second_stage_text(search, own_tau)
+
+
+def _second_stage_text(search: list[SearchPoint], own_tau: float) -> str:
+    own = next(point for point in search if point.tau == own_tau)
+    if own.refitted is None:
+        return "\nThere is no linear map: it would be most of the bundle."
+    return (
+        f" Second stage: the best {CANDIDATES} are scored again by the linear map\n(`vsc search"
+        f" --rerank linear`); with refitted values (`vsc encode --refit`) {own.refitted:.3f} at tau"
+        f" {own_tau:g}."
+    )
+
+
+def _bold(tau: float, own_tau: float) -> str:
+    return f"**{tau:g}**" if tau == own_tau else f"{tau:g}"
 
 
 def _parity_text(parity: Parity) -> str:

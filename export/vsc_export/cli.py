@@ -32,6 +32,10 @@ def export(
         str | None,
         typer.Option(metavar="active=N", help="Choose tau for N active latents per row."),
     ] = None,
+    budget: Annotated[
+        str | None,
+        typer.Option(metavar="bytes=N|cost=C", help="Choose tau, and that of queries, for it."),
+    ] = None,
     calibration: Annotated[
         Path | None,
         typer.Option(help="Data for tau, int8 and the card (default: the run's examples)."),
@@ -63,6 +67,7 @@ def export(
     """Write a run as a bundle of ONNX files, after proving that they compute the same."""
     require_extra("export", "torch", "onnx", "onnxscript")
     sleep_when_idle()
+    from vsc_export.budget import parse_budget
     from vsc_export.operating_points import parse_goal
     from vsc_export.options import ExportOptions
     from vsc_export.precision import parse_precision
@@ -76,11 +81,12 @@ def export(
     if triton is not None:
         check_output(triton, REPOSITORY, force=force, inputs=[*given, out])
     options = ExportOptions(
-        tau=_chosen_tau(tau, calibrate_tau),
+        tau=_chosen_tau(tau, calibrate_tau, budget),
         name=name,
         opset=opset,
         precision=parse_precision(precision),
         active=parse_goal(calibrate_tau) if calibrate_tau else None,
+        budget=parse_budget(budget) if budget else None,
         calibration=calibration,
         top_k=top_k,
         about=about.read_text(encoding="utf-8") if about else "",
@@ -94,6 +100,8 @@ def export(
     say("parity", _parity_line(parity))
     if calibrate_tau:
         say("tau", f"{manifest.tau:g} gives {manifest.active:.2f} active latents per row")
+    if budget:
+        say("budget", _budget_line(done))
     size = sum(path.stat().st_size for path in out.rglob("*") if path.is_file())
     say(
         "wrote",
@@ -199,10 +207,20 @@ def _overflow_line(capacity: int, overflow: "Overflow") -> str:
     )
 
 
-def _chosen_tau(tau: float | None, goal: str | None) -> float:
-    """Return the tau that was asked for; it cannot be given and calibrated at once."""
-    if tau is not None and goal is not None:
-        raise UsageError("--tau and --calibrate-tau: give one of them.")
+def _budget_line(done: "Exported") -> str:
+    manifest = done.manifest
+    point = next(point for point in done.search if point.tau == manifest.tau)
+    return (
+        f"tau {point.tau:g}, of queries {point.query_tau:g}: {manifest.active:.2f} active latents,"
+        f" {8 * manifest.active:.0f} bytes per row, search cost {point.search_cost:.2f}, neighbour"
+        f" recall@10 {point.recall:.3f}"
+    )
+
+
+def _chosen_tau(tau: float | None, *goals: str | None) -> float:
+    """Return the tau that was asked for; it cannot be given and chosen at once."""
+    if sum(one is not None for one in (tau, *goals)) > 1:
+        raise UsageError("--tau, --calibrate-tau and --budget: give one of them.")
     return 0.5 if tau is None else tau
 
 

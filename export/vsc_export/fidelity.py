@@ -120,17 +120,27 @@ def neighbour_recall(truth: NDArray[Any], found: NDArray[Any], count: int = NEIG
         count: Neighbours of a row.
     """
     chosen = np.linspace(0, len(truth) - 1, min(len(truth), _ROWS_AT_MOST)).astype(np.intp)
-    count = min(count, len(chosen) - 1)
+    return kept_share(similarities(truth[chosen]), similarities(found[chosen]), count)
+
+
+def kept_share(similar: NDArray[Any], found: NDArray[Any], count: int = NEIGHBOURS) -> float:
+    """Return what `neighbour_recall` does, from similarities of all pairs of rows.
+
+    Args:
+        similar: By the truth, shape (rows, rows); -inf where a row is compared with itself.
+        found: By another program, likewise.
+        count: Neighbours of a row.
+    """
+    count = min(count, len(similar) - 1)
     if count < 1:
         return 1.0
-    similar, similar_found = (_similarities(part[chosen]) for part in (truth, found))
     last = np.partition(similar, -count, axis=1)[:, -count]
-    nearest = np.argpartition(similar_found, -count, axis=1)[:, -count:]
+    nearest = np.argpartition(found, -count, axis=1)[:, -count:]
     is_kept = np.take_along_axis(similar, nearest, axis=1) >= last[:, None] - _TIE
     return float(is_kept.mean())
 
 
-def _similarities(rows: NDArray[Any]) -> NDArray[np.float64]:
+def similarities(rows: NDArray[Any]) -> NDArray[np.float64]:
     """Return the cosine of all pairs of rows; a row is no neighbour of itself."""
     exact = np.nan_to_num(rows.astype(np.float64))
     length = np.sqrt(np.square(exact).sum(1, keepdims=True))

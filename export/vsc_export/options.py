@@ -4,6 +4,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Final
 
+from vsc_export.budget import Budget
 from vsc_serve.bundle import Precision
 from vsc_serve.codes import threshold_logit
 from vsc_training.onnx_graph import OPSET
@@ -17,6 +18,8 @@ class ExportOptions:
     """Spike threshold that becomes the model's own; callers may still override it."""
     active: float | None = None
     """Active latents per row: tau is chosen so that calibration rows have as many."""
+    budget: Budget | None = None
+    """What a row or a search may take: tau, and the tau of queries, are chosen for it."""
     calibration: Path | None = None
     """Data for tau, int8 and the model card; None takes the examples that the run kept."""
     precision: Precision = "float32"

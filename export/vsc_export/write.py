@@ -10,10 +10,12 @@ import onnx
 import torch
 from numpy.typing import NDArray
 
-from vsc_export.card import model_card
+from vsc_export.budget import propose_thresholds
+from vsc_export.card import Points, model_card
 from vsc_export.compaction import csr_graph
-from vsc_export.comparison import exact_codes
+from vsc_export.comparison import Truth, exact_codes
 from vsc_export.graphs import check_file, decoder_graph
+from vsc_export.linear_map import make_linear_map
 from vsc_export.metadata import add_metadata, describe_model, signature
 from vsc_export.operating_points import Rows, TauPoint, calibrate_tau, measure_trade_off
 from vsc_export.options import DEFAULT, ExportOptions
@@ -21,6 +23,7 @@ from vsc_export.parity import Parity, measure_parity, require_parity
 from vsc_export.parity_inputs import parity_inputs
 from vsc_export.precision import encoder_in
 from vsc_export.probes import write_probes
+from vsc_export.search_points import Neighbours, SearchPoint, measure_search
 from vsc_export.shapes import check_shapes
 from vsc_export.topk import Overflow, add_topk
 from vsc_serve.atomic import atomic_folder
@@ -30,12 +33,14 @@ from vsc_serve.bundle import (
     ENCODER,
     ENCODER_CSR,
     ENCODER_TOPK,
+    LINEAR_MAP,
     MANIFEST,
     GraphSignature,
     Manifest,
     sha256,
 )
 from vsc_serve.errors import ExportError
+from vsc_serve.linear_map import write_linear_map
 from vsc_serve.session import open_session
 from vsc_training.checkpoint import Checkpoint, load_checkpoint, load_samples
 from vsc_training.evaluation.dataset import load_labelled
@@ -60,6 +65,8 @@ class Exported:
     parity: Parity
     trade_off: list[TauPoint]
     """What each setting of tau costs and keeps."""
+    search: list[SearchPoint]
+    """What a search finds at each of them."""
     overflow: Overflow | None = None
     """What the graph with fixed capacity could not hold, where one was asked for."""
     end_to_end: Parity | None = None
@@ -85,7 +92,9 @@ def export_bundle(run: Path, out: Path, options: ExportOptions = DEFAULT) -> Exp
     model = checkpoint.build_model()
     samples = load_samples(run)
     measured = _measured_rows(model, samples, options.calibration)
-    tau, precision = _chosen_tau(model, measured, options), options.precision
+    truth = exact_codes(model, measured.rows, options.tau)
+    neighbours = Neighbours(_as_drawn(model, measured.rows), truth)
+    (tau, query_tau), precision = _chosen_taus(neighbours, truth, options), options.precision
     name = options.name or checkpoint.state.name
     facts = describe_model(model, name, tau, precision)
     with atomic_folder(out, BUNDLE_FOLDER) as folder:
@@ -100,23 +109,35 @@ def export_bundle(run: Path, out: Path, options: ExportOptions = DEFAULT) -> Exp
             rows = np.concatenate(list(inputs.values()))
             graphs[ENCODER_TOPK], overflow = add_topk(folder, options.top_k, rows, facts)
         (folder / PARITY).write_text(parity.to_json(), encoding="utf-8")
+        linear_map = make_linear_map(model, neighbours.stored(tau))
+        if linear_map is not None:
+            write_linear_map(folder / LINEAR_MAP, linear_map)
         trade_off = _measure_trade_off(model, folder, measured, tau)
+        found = measure_search(
+            neighbours,
+            linear_map,
+            [point.tau for point in trade_off],
+            own_tau=tau,
+            query_tau=query_tau,
+        )
         manifest = _manifest(
             checkpoint,
             folder,
             name=name,
             tau=tau,
+            query_tau=query_tau,
             active=_own_active(checkpoint, trade_off, tau),
             opset=options.opset,
             precision=precision,
             graphs=graphs,
             probes=write_probes(model, model.data, folder, tau, precision),
         )
-        card = model_card(checkpoint.state, manifest, parity, trade_off, measured, options.about)
+        points = Points(trade_off, found, measured)
+        card = model_card(checkpoint.state, manifest, parity, points, options.about)
         (folder / CARD).write_text(card, encoding="utf-8")
         manifest.files[CARD] = sha256(folder / CARD)
         (folder / MANIFEST).write_text(manifest.to_json(), encoding="utf-8")
-    return Exported(out, manifest, parity, trade_off, overflow)
+    return Exported(out, manifest, parity, trade_off, found, overflow)
 
 
 def _refuse_collapsed(checkpoint: Checkpoint, run: Path, options: ExportOptions) -> None:
@@ -135,11 +156,21 @@ def _measured_rows(model: VSC, samples: NDArray[Any], calibration: Path | None) 
     return Rows(found.examples.rows, found.labels, "the calibration data").thinned()
 
 
-def _chosen_tau(model: VSC, measured: Rows, options: ExportOptions) -> float:
-    if options.active is None:
-        return options.tau
-    truth = exact_codes(model, measured.rows, options.tau)
-    return calibrate_tau(truth.spike_logit, options.active)
+def _chosen_taus(
+    neighbours: Neighbours, truth: Truth, options: ExportOptions
+) -> tuple[float, float | None]:
+    """Return the threshold of rows, and of queries where it is not the default."""
+    if options.budget is not None:
+        return propose_thresholds(options.budget, neighbours)
+    if options.active is not None:
+        return calibrate_tau(truth.spike_logit, options.active), None
+    return options.tau, None
+
+
+def _as_drawn(model: VSC, rows: NDArray[Any]) -> NDArray[np.float32]:
+    """Return rows in the units that the decoder draws in, flattened."""
+    scale = 255.0 if model.data.modality == "image" else 1.0
+    return rows.reshape(len(rows), -1).astype(np.float32) / np.float32(scale)
 
 
 def save_graphs(

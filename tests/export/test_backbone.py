@@ -21,8 +21,9 @@ from vsc_serve.bundle import open_bundle
 from vsc_serve.codes import threshold
 from vsc_serve.decoder import Decoder
 from vsc_serve.encoder import Encoder
-from vsc_serve.errors import ExportError, InputError, UsageError
+from vsc_serve.errors import BundleError, ExportError, InputError, UsageError
 from vsc_serve.images import PixelSpec
+from vsc_serve.options import EncodeOptions
 from vsc_serve.sources import find_sources
 from vsc_training.backbone import Backbone, BackboneSpec, digest
 from vsc_training.checkpoint import load_checkpoint, load_images, load_samples
@@ -132,6 +133,41 @@ def test_training_embeds_with_the_very_numbers_of_the_exported_graph(
     np.testing.assert_array_equal(inside, Backbone.open(backbone_file).embed(images))
     kept = load_samples(backbone_run)
     assert all((np.abs(kept - row).max(1) < 1e-5).any() for row in inside)
+
+
+def test_the_bundle_gives_the_embeddings_that_its_linear_map_is_about(
+    behind: Path, paths: list[Path], backbone_file: Path, backbone_run: Path
+) -> None:
+    encoder = Encoder.open(behind, device="cpu")
+    pixels = encoder.read(paths)
+    embedded = Backbone.open(backbone_file).embed(pixels)
+    np.testing.assert_allclose(encoder.targets(pixels), embedded, atol=1e-5)
+    assert encoder.targets(pixels[:0]).shape == (0, DIM)
+    plain, refitted = (
+        encoder.encode_rows(pixels, EncodeOptions(refit=refit)).codes for refit in (False, True)
+    )
+    assert refitted.indices.tolist() == plain.indices.tolist()
+    found = encoder.linear_map
+    np.testing.assert_array_equal(refitted.data, found.refit(plain, embedded).data)
+
+
+def test_a_bundle_of_an_older_version_says_what_it_lacks(
+    behind: Path, paths: list[Path], tmp_path: Path
+) -> None:
+    old = tmp_path / "old"
+    shutil.copytree(behind, old)
+    stored = json.loads((old / "manifest.json").read_text())
+    del stored["graphs"]["encoder.onnx"]["outputs"]["embedding"]
+    (old / "manifest.json").write_text(json.dumps(stored))
+    encoder = Encoder.open(old, device="cpu")
+    pixels = encoder.read(paths[:2])
+    message = "old: its encoder does not give the embeddings of its backbone, which a second stage"
+    for use in (
+        lambda: encoder.targets(pixels),
+        lambda: encoder.encode_rows(pixels, EncodeOptions(refit=True)),
+    ):
+        with pytest.raises(BundleError, match=message):
+            use()
 
 
 def test_the_bundle_says_which_backbone_is_inside(

@@ -84,7 +84,7 @@ def test_a_bundle_without_the_compacting_graph_is_verified_as_well(
 def test_export_takes_a_goal_or_a_tau_and_says_what_it_chose(
     tiny_run: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    with pytest.raises(UsageError, match="--tau and --calibrate-tau: give one of them"):
+    with pytest.raises(UsageError, match="--tau, --calibrate-tau and --budget: give one of them"):
         export(tiny_run, tmp_path / "out", tau=0.5, calibrate_tau="active=4")
     export(tiny_run, tmp_path / "out", calibrate_tau="active=4")
     said = capsys.readouterr().err

@@ -58,6 +58,9 @@ def encode(
     uncertainty: Annotated[
         bool, typer.Option("--uncertainty", help="Store gamma and sigma too.")
     ] = False,
+    refit: Annotated[
+        bool, typer.Option("--refit", help="Values that decode nearest to the data.")
+    ] = False,
     device: DeviceOption = "auto",
     exclude: Annotated[
         list[str] | None, typer.Option(help="Pattern of paths to leave out; repeatable.")
@@ -97,7 +100,9 @@ def encode(
         inputs=inputs,
         out=out,
         model=find_model(model),
-        options=EncodeOptions(tau=tau, view=view, max_active=max_active, uncertainty=uncertainty),
+        options=EncodeOptions(
+            tau=tau, view=view, max_active=max_active, uncertainty=uncertainty, refit=refit
+        ),
         executor=ExecutorOptions(
             device=device,
             workers=workers,

@@ -28,7 +28,9 @@ _MEMBERS: Final = frozenset(
 """Members of a file that are read; others are left alone."""
 
 _META: Final[dict[str, Any]] = {
-    **dict.fromkeys(("model", "model_digest", "view", "engine", "vsc_serve", "sign"), str | None),
+    **dict.fromkeys(
+        ("model", "model_digest", "view", "engine", "vsc_serve", "sign", "values"), str | None
+    ),
     "tau": float | None,
     "max_active": int | None,
 }

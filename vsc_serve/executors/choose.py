@@ -15,6 +15,7 @@ from vsc_serve.executors.processes import ProcessExecutor
 from vsc_serve.executors.protocol import Executor
 from vsc_serve.executors.read import EncodeSpec, EncodeWorker, ReadOptions
 from vsc_serve.executors.threads import ThreadExecutor
+from vsc_serve.linear_map import require_linear_map
 from vsc_serve.options import PLAIN, EncodeOptions
 from vsc_serve.session import Device, cuda_is_there
 
@@ -59,7 +60,10 @@ def open_executor(
 
     Raises:
         DeviceError: CUDA was asked for and cannot be used.
+        BundleError: Refitted values are asked for, and the bundle has no linear map.
     """
+    if options.refit:
+        require_linear_map(bundle)
     count = usable_cpus() if how.workers is None else how.workers
     if not count or os.name != "posix":
         threads = 0 if how.device == "cuda" else 1

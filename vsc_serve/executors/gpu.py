@@ -172,7 +172,9 @@ def open_encoders(
     for number in range(device_count):
         session = open_graph(bundle, compaction.graph, device=device, device_id=number)
         encoders = [
-            Encoder(BoundSession(session, BATCH_SIZE), bundle.manifest, compaction)
+            Encoder(
+                BoundSession(session, BATCH_SIZE), bundle.manifest, compaction, path=bundle.path
+            )
             for _ in range(_LANES)
         ]
         for encoder in encoders:  # which also makes its memory and chooses its kernels
