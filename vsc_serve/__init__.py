@@ -39,8 +39,9 @@ if TYPE_CHECKING:
         VscError,
     )
     from vsc_serve.images import Fit, PixelSpec
+    from vsc_serve.linear_map import LinearMap
     from vsc_serve.manifest import GraphSignature, Manifest, Modality, Precision, Probe
-    from vsc_serve.options import EncodeOptions, View
+    from vsc_serve.options import EncodeOptions, Thresholds, View
     from vsc_serve.pipeline import Batch, stream
     from vsc_serve.session import Device, Session
     from vsc_serve.sources import Ids
@@ -69,6 +70,7 @@ _HOMES = {
     "InputError": "errors",
     "Interrupted": "errors",
     "Kind": "errors",
+    "LinearMap": "linear_map",
     "Manifest": "manifest",
     "Modality": "manifest",
     "ImageLike": "encoder",
@@ -77,6 +79,7 @@ _HOMES = {
     "Probe": "manifest",
     "Session": "session",
     "SourceUnavailable": "errors",
+    "Thresholds": "options",
     "UsageError": "errors",
     "View": "options",
     "VscError": "errors",
@@ -110,6 +113,7 @@ __all__ = [
     "InputError",
     "Interrupted",
     "Kind",
+    "LinearMap",
     "Manifest",
     "Modality",
     "PixelSpec",
@@ -117,6 +121,7 @@ __all__ = [
     "Probe",
     "Session",
     "SourceUnavailable",
+    "Thresholds",
     "UsageError",
     "View",
     "VscError",

@@ -31,7 +31,7 @@ _META: Final[dict[str, Any]] = {
     **dict.fromkeys(
         ("model", "model_digest", "view", "engine", "vsc_serve", "sign", "values"), str | None
     ),
-    "tau": float | None,
+    **dict.fromkeys(("tau", "stored_tau"), float | None),
     "max_active": int | None,
 }
 """Types of what provenance says, where it says it."""
