@@ -1,6 +1,7 @@
 """A real bundle that needs no training: a fixed linear encoder as an ONNX file, with probes."""
 
 import hashlib
+import json
 from pathlib import Path
 
 import numpy as np
@@ -10,9 +11,10 @@ from numpy.typing import NDArray
 from onnx import TensorProto, helper, numpy_helper
 from PIL import Image
 
-from vsc_serve.bundle import DECODER, ENCODER, MANIFEST, Manifest, Probe, sha256
+from vsc_serve.bundle import DECODER, ENCODER, LINEAR_MAP, MANIFEST, Manifest, Probe, sha256
 from vsc_serve.codes import threshold_logit
 from vsc_serve.images import PixelSpec
+from vsc_serve.linear_map import LinearMap, write_linear_map
 
 LATENT_DIM = 6
 SPEC = PixelSpec(height=4, width=4, channels=1)
@@ -116,3 +118,17 @@ def tiny_bundle(tmp_path: Path) -> Path:
     )
     (folder / MANIFEST).write_text(manifest.to_json(), encoding="utf-8")
     return folder
+
+
+@pytest.fixture
+def mapped_bundle(tiny_bundle: Path) -> Path:
+    """`tiny_bundle` with a linear map."""
+    rng = np.random.default_rng(4)
+    size = int(np.prod(SPEC.shape))
+    shapes = ((LATENT_DIM, size), (size,), (size,))
+    arrays = (rng.normal(size=shape).astype(np.float32) for shape in shapes)
+    write_linear_map(tiny_bundle / LINEAR_MAP, LinearMap(*arrays))
+    stored = json.loads((tiny_bundle / MANIFEST).read_text(encoding="utf-8"))
+    stored["files"][LINEAR_MAP] = sha256(tiny_bundle / LINEAR_MAP)
+    (tiny_bundle / MANIFEST).write_text(json.dumps(stored), encoding="utf-8")
+    return tiny_bundle
