@@ -8,6 +8,7 @@ import os
 import shutil
 from collections.abc import Callable, Iterator
 from contextlib import suppress
+from dataclasses import replace
 from pathlib import Path
 from typing import Final
 
@@ -18,10 +19,11 @@ import scipy.sparse
 from google.protobuf.message import DecodeError, Message
 from odd_values import change_value
 
-from vsc_serve.bundle import ENCODER, MANIFEST, open_bundle
+from vsc_serve.bundle import ENCODER, LINEAR_MAP, MANIFEST, Bundle, open_bundle
 from vsc_serve.codes import read_codes, write_codes
 from vsc_serve.errors import BundleError, InputError, VscError
 from vsc_serve.external_data import external_files
+from vsc_serve.linear_map import LinearMap, read_linear_map, write_linear_map
 
 ROUNDS: Final = int(os.environ.get("VSC_FUZZ_ROUNDS", "1"))
 CHANGES: Final = 150 * ROUNDS
@@ -132,6 +134,25 @@ def test_no_change_of_a_graph_hides_a_file_that_onnx_sees(
 @pytest.fixture
 def any_bundle() -> Path:
     return Path(__file__).parents[1] / "data" / "archive" / "bundle-v1-csr"
+
+
+@pytest.mark.timeout(60 * ROUNDS + 60)
+def test_a_changed_linear_map_is_read_or_refused(
+    tmp_path: Path, seeds: range, any_bundle: Path
+) -> None:
+    """Its digest is taken to be right: whoever changes the file can change the manifest too."""
+    path, manifest = tmp_path / LINEAR_MAP, open_bundle(any_bundle).manifest
+    bundle = Bundle(tmp_path, replace(manifest, files=manifest.files | {LINEAR_MAP: "0" * 64}))
+    shape = (manifest.latent_dim, manifest.data_dim)
+    arrays = (np.ones(part, np.float32) for part in (shape, shape[1:], shape[1:]))
+    write_linear_map(path, LinearMap(*arrays))
+
+    def read() -> None:
+        assert read_linear_map(bundle).weights.shape == shape
+
+    found = outcomes(path, read, change_bytes, seeds)
+    assert set(found) <= {BundleError, None}
+    assert found.count(BundleError) > len(found) / 2
 
 
 @pytest.fixture
