@@ -137,7 +137,8 @@ def _search_table(search: list[SearchPoint], own_tau: float) -> str:
         )
     text = (
         "On the same rows, with queries that keep more latents than what is stored (sqrt(gamma) mu"
-        " above a\nthreshold of their own)."
+        " above a\nthreshold of their own). Neighbours here are those of a dense index of the data:"
+        " by cosine, not centred."
     )
     return "\n".join(lines) + "\n\n" + text + _second_stage_text(search, own_tau)
 

@@ -32,7 +32,7 @@ class SearchPoint:
     """Postings a query is expected to touch per row of an index: sum_j f_j of queries times f_j of
     rows."""
     recall: float
-    """Share of the ten nearest rows in the data (cosine, centred) among the ten that are found."""
+    """Share of the ten nearest rows in the data itself (cosine) among the ten that are found."""
     second_stage: float | None = None
     """The same where the best 200 are scored again; None without a linear map."""
     refitted: float | None = None
@@ -51,7 +51,7 @@ class Neighbours:
         self.data = data
         self.logit = truth.spike_logit.astype(np.float32)
         self.mu = truth.mu.astype(np.float32)
-        self._similar = similarities(data - data.mean(0, dtype=np.float64))
+        self._similar = similarities(data)
 
     def stored(self, tau: float) -> NDArray[np.float32]:
         """Return the rows as an index stores them, dense."""

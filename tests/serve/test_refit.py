@@ -7,18 +7,17 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from vsc_serve.bundle import ENCODER, open_bundle
+from vsc_serve.bundle import open_bundle
 from vsc_serve.cli.encode import encode
 from vsc_serve.codes import read_codes
 from vsc_serve.encoder import Encoder
 from vsc_serve.errors import BundleError, InputError, UsageError
 from vsc_serve.executors import ExecutorOptions, open_executor
-from vsc_serve.executors.gpu import GpuExecutor, encode_on, read_spec
+from vsc_serve.executors.gpu import GpuExecutor, open_encoders, read_spec
 from vsc_serve.executors.processes import ProcessExecutor
 from vsc_serve.linear_map import LinearMap
 from vsc_serve.options import EncodeOptions
 from vsc_serve.pipeline import batches, stream
-from vsc_serve.session import BoundSession, open_session
 from vsc_serve.sources import find_sources
 
 REFIT = EncodeOptions(refit=True)
@@ -64,13 +63,13 @@ def test_every_executor_gives_the_same_refitted_rows(
 
 
 @pytest.mark.slow
-def test_a_model_that_is_fed_by_readers_refits_as_well(mapped_bundle: Path, images: Path) -> None:
-    """As on a GPU: batches are filled up, and what is filled up has no row."""
-    session = BoundSession(open_session(mapped_bundle / ENCODER, device="cpu", threads=1), 256)
-    manifest = open_bundle(mapped_bundle).manifest
-    fed = encode_on(Encoder(session, manifest, path=mapped_bundle), REFIT)
-    spec = read_spec(manifest, 1)
-    with GpuExecutor(spec, ProcessExecutor(spec, 1), [[fed]], {}) as pool:
+def test_models_on_devices_refit_as_well(mapped_bundle: Path, images: Path) -> None:
+    """As on a GPU: readers feed the models, and rows that fill a batch up are no codes."""
+    bundle = open_bundle(mapped_bundle)
+    encoders, provenance = open_encoders(bundle, REFIT, "cpu", 1)
+    assert provenance["values"] == "refitted"
+    spec = read_spec(bundle.manifest, len(encoders[0]))
+    with GpuExecutor(spec, ProcessExecutor(spec, 1), encoders, provenance) as pool:
         found = list(batches(pool, iter(find_sources([str(images)])), 7))
     codes = np.concatenate([batch.rows.codes.toarray() for batch in found])
     np.testing.assert_allclose(codes, refitted(mapped_bundle, images), atol=1e-4)
