@@ -64,6 +64,25 @@ def save_encoder(path: Path, weight: NDArray[np.float32]) -> None:
     )
 
 
+def save_vector_encoder(path: Path, weight: NDArray[np.float32]) -> None:
+    """Spike logit x W, mu twice that."""
+    save_graph(
+        path,
+        [
+            helper.make_node("MatMul", ["vector", "weight"], ["spike_logit"]),
+            helper.make_node("Add", ["spike_logit", "spike_logit"], ["mu"]),
+            helper.make_node("Greater", ["spike_logit", "tau_logit"], ["is_on"]),
+            helper.make_node("Where", ["is_on", "mu", "zero"], ["code"]),
+        ],
+        {
+            "vector": (TensorProto.FLOAT, ["batch", weight.shape[0]]),
+            "tau_logit": (TensorProto.FLOAT, []),
+        },
+        ["code", "spike_logit", "mu"],
+        {"weight": weight, "zero": np.float32(0).reshape(())},
+    )
+
+
 def save_decoder(path: Path, weight: NDArray[np.float32]) -> None:
     shape = np.array([-1, *SPEC.shape], np.int64)
     save_graph(
@@ -113,6 +132,30 @@ def tiny_bundle(tmp_path: Path) -> Path:
         files={path.name: sha256(path) for path in sorted(folder.iterdir())},
         probes=[probe],
         pixel_spec=SPEC,
+    )
+    (folder / MANIFEST).write_text(manifest.to_json(), encoding="utf-8")
+    return folder
+
+
+@pytest.fixture
+def vector_bundle(tmp_path: Path) -> Path:
+    """A bundle for vectors of 4 numbers, with 6 latents."""
+    folder = tmp_path / "vectors"
+    folder.mkdir()
+    save_vector_encoder(
+        folder / ENCODER, np.random.default_rng(3).normal(size=(4, LATENT_DIM)).astype(np.float32)
+    )
+    manifest = Manifest(
+        name="tiny vectors",
+        modality="vector",
+        latent_dim=LATENT_DIM,
+        tau=0.5,
+        alpha=0.1,
+        active=3.0,
+        opset=20,
+        files={ENCODER: sha256(folder / ENCODER)},
+        probes=[],
+        input_dim=4,
     )
     (folder / MANIFEST).write_text(manifest.to_json(), encoding="utf-8")
     return folder
