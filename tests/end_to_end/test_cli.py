@@ -230,10 +230,12 @@ def test_search_finds_the_image_itself_first_and_explains(
     codes_file: Path, grey_folder: Path, tiny_bundle: Path
 ) -> None:
     image = grey_folder / "upright" / "000.png"
-    result = vsc(
-        "search", codes_file, "--like", image, "--model", tiny_bundle, "--top", 3, "--explain"
-    )
+    command = ["search", codes_file, "--like", image, "--model", tiny_bundle, "--top", 3]
+    wide = vsc(*command)
+    assert re.match(r"query    wide: sqrt\(gamma\) mu where gamma > 0.1 \(rows: mu where", wide.err)
+    result = vsc(*command, "--explain", "--query", "symmetric")
     assert result.code == 0, result.err
+    assert result.err == "query    symmetric: as the rows were made, tau 0.5\n"
     first, *rest = result.out.splitlines()
     assert re.fullmatch(r" 1\.0000  upright/000\.png", first)
     assert any("feature" in line for line in rest)
@@ -303,7 +305,8 @@ def test_a_query_whose_code_is_empty_says_so(codes_file: Path, tmp_path: Path) -
     assert found.out == ""
     assert re.search(r"^query +the code of blank is empty: no latent is active", found.err, re.M)
     as_json = json.loads(vsc("search", path, "--like", "blank", "--json").out)
-    assert as_json == {"like": "blank", "metric": "cosine", "query_active": 0, "hits": []}
+    facts = {"like": "blank", "metric": "cosine", "query": "symmetric"}
+    assert as_json == facts | {"query_active": 0, "hits": []}
     full = json.loads(vsc("search", path, "--like", stored.ids[0], "--json").out)
     assert full["query_active"] == stored.codes[[0]].nnz
     assert full["hits"]

@@ -48,6 +48,7 @@ def run(
 COMMANDS = {
     "info": "info codes.npz",
     "search": f"search codes.npz --like {ODD_IN_SHELL}",
+    "queries": "search codes.npz --queries images --query symmetric --json",
     "convert": "convert codes.npz --to jsonl",
     "doctor": "doctor",
     "help": "--help",

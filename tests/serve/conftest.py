@@ -66,6 +66,25 @@ def save_encoder(path: Path, weight: NDArray[np.float32]) -> None:
     )
 
 
+def save_vector_encoder(path: Path, weight: NDArray[np.float32]) -> None:
+    """Spike logit x W, mu twice that."""
+    save_graph(
+        path,
+        [
+            helper.make_node("MatMul", ["vector", "weight"], ["spike_logit"]),
+            helper.make_node("Add", ["spike_logit", "spike_logit"], ["mu"]),
+            helper.make_node("Greater", ["spike_logit", "tau_logit"], ["is_on"]),
+            helper.make_node("Where", ["is_on", "mu", "zero"], ["code"]),
+        ],
+        {
+            "vector": (TensorProto.FLOAT, ["batch", weight.shape[0]]),
+            "tau_logit": (TensorProto.FLOAT, []),
+        },
+        ["code", "spike_logit", "mu"],
+        {"weight": weight, "zero": np.float32(0).reshape(())},
+    )
+
+
 def save_decoder(path: Path, weight: NDArray[np.float32]) -> None:
     shape = np.array([-1, *SPEC.shape], np.int64)
     save_graph(
@@ -123,12 +142,46 @@ def tiny_bundle(tmp_path: Path) -> Path:
 @pytest.fixture
 def mapped_bundle(tiny_bundle: Path) -> Path:
     """`tiny_bundle` with a linear map."""
+    return add_linear_map(tiny_bundle, int(np.prod(SPEC.shape)))
+
+
+@pytest.fixture
+def mapped_vector_bundle(vector_bundle: Path) -> Path:
+    """`vector_bundle` with a linear map."""
+    return add_linear_map(vector_bundle, 4)
+
+
+def add_linear_map(bundle: Path, dimensions: int) -> Path:
+    """Give a bundle a linear map of random weights."""
     rng = np.random.default_rng(4)
-    size = int(np.prod(SPEC.shape))
-    shapes = ((LATENT_DIM, size), (size,), (size,))
+    shapes = ((LATENT_DIM, dimensions), (dimensions,), (dimensions,))
     arrays = (rng.normal(size=shape).astype(np.float32) for shape in shapes)
-    write_linear_map(tiny_bundle / LINEAR_MAP, LinearMap(*arrays))
-    stored = json.loads((tiny_bundle / MANIFEST).read_text(encoding="utf-8"))
-    stored["files"][LINEAR_MAP] = sha256(tiny_bundle / LINEAR_MAP)
-    (tiny_bundle / MANIFEST).write_text(json.dumps(stored), encoding="utf-8")
-    return tiny_bundle
+    write_linear_map(bundle / LINEAR_MAP, LinearMap(*arrays))
+    stored = json.loads((bundle / MANIFEST).read_text(encoding="utf-8"))
+    stored["files"][LINEAR_MAP] = sha256(bundle / LINEAR_MAP)
+    (bundle / MANIFEST).write_text(json.dumps(stored), encoding="utf-8")
+    return bundle
+
+
+@pytest.fixture
+def vector_bundle(tmp_path: Path) -> Path:
+    """A bundle for vectors of 4 numbers, with 6 latents."""
+    folder = tmp_path / "vectors"
+    folder.mkdir()
+    save_vector_encoder(
+        folder / ENCODER, np.random.default_rng(3).normal(size=(4, LATENT_DIM)).astype(np.float32)
+    )
+    manifest = Manifest(
+        name="tiny vectors",
+        modality="vector",
+        latent_dim=LATENT_DIM,
+        tau=0.5,
+        alpha=0.1,
+        active=3.0,
+        opset=20,
+        files={ENCODER: sha256(folder / ENCODER)},
+        probes=[],
+        input_dim=4,
+    )
+    (folder / MANIFEST).write_text(manifest.to_json(), encoding="utf-8")
+    return folder

@@ -47,7 +47,9 @@ def test_an_image_is_found_again_whatever_its_code_holds(tmp_path, options, caps
     codes = encoded(tmp_path / "codes.npz", **options)
     for path in (codes, in_shards(codes, tmp_path / "shards")):
         arguments = {"top": 6, "metric": "cosine", "explain": False, "device": "cpu"}
-        search(path, str(IMAGES[3]), model=BUNDLE, as_json=True, **arguments)
+        search(
+            path, like=str(IMAGES[3]), query="symmetric", model=BUNDLE, as_json=True, **arguments
+        )
         hits = json.loads(capsys.readouterr().out)["hits"]
         by_id = {hit["id"]: hit["score"] for hit in hits}
         assert by_id[IDS[3]] == pytest.approx(1.0)

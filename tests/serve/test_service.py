@@ -34,6 +34,7 @@ from PIL import Image
 from vsc_serve.codes import codes_to_bytes, read_codes
 from vsc_serve.encoder import Encoder
 from vsc_serve.errors import UsageError
+from vsc_serve.options import EncodeOptions
 from vsc_serve.service import JSON, NPZ, Limits, answers, create_app, reading, server
 from vsc_serve.service.server import serve
 from vsc_serve.session import Session
@@ -403,6 +404,40 @@ def test_an_answer_that_cannot_be_given_is_refused(client, accept):
     assert_refused(answer, 406, accept, JSON, NPZ)
 
 
+@pytest.mark.parametrize("asked", [{}, {"tau": 0.2}, {"tau": 0.05, "stored_tau": 0.4}])
+def test_queries_are_what_the_encoder_gives_and_the_answer_says_so(client, fake_encoder, asked):
+    images = [png(seed) for seed in range(3)]
+    parts = file_parts(*((f"{row}.png", image) for row, image in enumerate(images)))
+    options = EncodeOptions(view="query", **asked)
+    codes = fake_encoder.encode_rows(fake_encoder.read(images), options).codes
+    meta = fake_encoder.provenance(options)
+    assert (meta["view"], meta["tau"]) == ("query", asked.get("tau", 0.1))
+    answer = client.post("/v1/encode", files=parts, params={"as": "query"} | asked)
+    found = answer.json()
+    assert found.items() >= meta.items()
+    assert [row["indices"] for row in found["rows"]] == [code.indices.tolist() for code in codes]
+    as_npz = client.post(
+        "/v1/encode", files=parts, params={"as": "query"} | asked, headers={"Accept": NPZ}
+    )
+    assert as_npz.content == codes_to_bytes(codes, [f"{row}.png" for row in range(3)], meta)
+    assert "stored_tau" not in client.post("/v1/encode", files=parts).json()
+
+
+@pytest.mark.parametrize(
+    ("asked", "words"),
+    [
+        ("as=query&tau=0.6", "thresholds out of order"),
+        ("as=query&stored_tau=0.05", "thresholds out of order"),
+        ("stored_tau=0.4", "send as=query too"),
+        ("as=question", "as: "),
+        ("as=query&stored_tau=1", "stored_tau: "),
+    ],
+)
+def test_queries_that_cannot_be_are_refused(client, asked, words):
+    answer = client.post(f"/v1/encode?{asked}", content=png(1), headers={"Content-Type": PNG})
+    assert_refused(answer, 422, words)
+
+
 @pytest.mark.parametrize("tau", ["0", "1", "-1", "2", "nan", "inf", "much", ""])
 def test_a_tau_out_of_range_is_refused(client, tau):
     answer = client.post(f"/v1/encode?tau={tau}", content=png(1), headers={"Content-Type": PNG})
@@ -524,6 +559,7 @@ def test_models_describes_what_is_served(client, vector_client, fake_encoder, pi
         "modality": "image",
         "latent_dim": 16,
         "tau": 0.5,
+        "query_tau": 0.1,
         "pixel_spec": pixel_spec.to_json(),
         "input_dim": None,
         "engine": "fake 1.0 cpu",
@@ -547,7 +583,8 @@ def test_openapi_names_every_media_type_and_refusal_of_encode(client):
     for status in refusals:
         schema = described["responses"][status]["content"][JSON]["schema"]
         assert schema["$ref"].endswith("/ErrorAnswer")
-    assert [parameter["name"] for parameter in described["parameters"]] == ["tau", "x-image-id"]
+    names = [parameter["name"] for parameter in described["parameters"]]
+    assert names == ["tau", "as", "stored_tau", "x-image-id"]
 
 
 # Threads

@@ -35,7 +35,8 @@ _ONE: Final = {"processes": "process", "threads": "thread"}
 
 # The same as `View`, `Ids` and `OnError`, which importing would load scipy for `vsc --help`; a test
 # compares them.
-_View = Literal["mean", "gamma", "spike"]
+_View = Literal["mean", "gamma", "spike", "query"]
+_As = Literal["rows", "query"]
 _Ids = Literal["relative", "absolute", "name"]
 _OnError = Literal["skip", "fail"]
 
@@ -51,7 +52,15 @@ def encode(
     tau: Annotated[
         float | None, typer.Option(help="Spike threshold in place of the model's.")
     ] = None,
-    view: Annotated[_View, typer.Option(help="Values: mean, gamma or spike.")] = "mean",
+    view: Annotated[
+        _View | None, typer.Option(help="Values: mean (default), gamma, spike or query.")
+    ] = None,
+    made_as: Annotated[
+        _As, typer.Option("--as", help="rows to store, or a query that keeps more.")
+    ] = "rows",
+    stored_tau: Annotated[
+        float | None, typer.Option(help="Threshold of the rows a query is for (the model's).")
+    ] = None,
     max_active: Annotated[
         int | None, typer.Option(help="Keep this many active latents of an image.")
     ] = None,
@@ -101,7 +110,12 @@ def encode(
         out=out,
         model=find_model(model),
         options=EncodeOptions(
-            tau=tau, view=view, max_active=max_active, uncertainty=uncertainty, refit=refit
+            tau=tau,
+            view=_choose_view(view, made_as),
+            max_active=max_active,
+            uncertainty=uncertainty,
+            stored_tau=stored_tau,
+            refit=refit,
         ),
         executor=ExecutorOptions(
             device=device,
@@ -124,6 +138,12 @@ def encode(
             _say_plan(job, as_json=as_json)
         else:
             _encode(job, given_model=model, as_json=as_json)
+
+
+def _choose_view(view: _View | None, made_as: _As) -> _View:
+    if made_as == "query" and view is not None:
+        raise UsageError("--as query sets the values of queries: leave --view out")
+    return "query" if made_as == "query" else view or "mean"
 
 
 def _encode(job: "Job", *, given_model: Path | None, as_json: bool) -> None:
@@ -155,6 +175,8 @@ def _next_command(job: "Job", given_model: Path | None, example: str) -> str:
     if job.out.suffix == ".parquet":
         script = f"import pyarrow.parquet; print(pyarrow.parquet.read_table({str(job.out)!r}))"
         return shlex.join(["python", "-c", script])
+    if job.options.view == "query":
+        return shlex.join(["vsc", "search", "CODES", "--queries", str(job.out)])
     command = ["vsc", "search", str(job.out), f"--like={example}", "--explain"]
     if not example.startswith("-"):
         command[3:4] = ["--like", example]

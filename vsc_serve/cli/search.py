@@ -1,25 +1,22 @@
-"""`vsc search`: the rows most like an image."""
+"""`vsc search`: the rows most like an image, or like each of many."""
 
+from collections.abc import Iterator
+from contextlib import closing
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Literal
 
 import typer
 
-from vsc_serve.cli.options import (
-    Device,
-    DeviceOption,
-    JsonOption,
-    ModelOption,
-    find_model,
-    print_json,
-    print_text,
-    refuse_other_model,
-)
-from vsc_serve.console import say
+from vsc_serve.cli.answers import Answer, Found, print_many, print_one
+from vsc_serve.cli.options import DeviceOption, JsonOption, ModelOption
+from vsc_serve.cli.queries import Index, Rule, ask_like, ask_many
+from vsc_serve.console import ending_cleanly, say
 from vsc_serve.errors import UsageError
 
 if TYPE_CHECKING:
     from vsc_serve.codes import CodeFile, Codes
+    from vsc_serve.index.exact import Hit
+    from vsc_serve.pipeline import Batch
 
 _Metric = Literal["cosine", "dot"]
 """The same as `index.exact.Metric`; a test compares them."""
@@ -27,60 +24,76 @@ _Metric = Literal["cosine", "dot"]
 
 def search(
     codes: Annotated[Path, typer.Argument(help="File or folder that `vsc encode` wrote.")],
-    like: Annotated[str, typer.Option(help="An image file, or the id of a row.")],
     *,
-    top: Annotated[int, typer.Option(help="Hits to print.", min=1)] = 10,
+    like: Annotated[str | None, typer.Option(help="An image file, or the id of a row.")] = None,
+    queries: Annotated[
+        str | None, typer.Option(help="Many: codes, or what `vsc encode` takes.")
+    ] = None,
+    top: Annotated[int, typer.Option(help="Hits of each query.", min=1)] = 10,
     metric: Annotated[_Metric, typer.Option(help="Score.")] = "cosine",
+    query: Annotated[
+        Rule, typer.Option(help="Keep more latents than the rows, or the same.")
+    ] = "auto",
     explain: Annotated[bool, typer.Option("--explain", help="List the shared features.")] = False,
     model: ModelOption = None,
     device: DeviceOption = "auto",
     as_json: JsonOption = False,
 ) -> None:
-    """Find the rows most like an image, exactly."""
-    from dataclasses import asdict
-
+    """Find the rows most like an image, or like each of many, exactly."""
     from vsc_serve.codes import read_codes
-    from vsc_serve.index import exact
+    from vsc_serve.index.queries import check_rows
 
-    stored = read_codes(codes)
-    query = _query_code(stored, like, model, device)
-    hits = exact.search(stored.codes, query, top=top, metric=metric) if query.nnz else []
-    features = {
-        hit.row: exact.explain(stored.codes, hit.row, query, metric=metric) if explain else []
-        for hit in hits
-    }
-    if as_json:
-        found = [
-            {"id": stored.ids[hit.row], **asdict(hit)}
-            | ({"shared": [asdict(feature) for feature in features[hit.row]]} if explain else {})
-            for hit in hits
+    if (like is None) == (queries is None):
+        raise UsageError("give one of --like IMAGE (or the id of a row) and --queries FILE")
+    rows = read_codes(codes)
+    check_rows(codes, rows)
+    index = Index(codes, rows, query, model, device)
+    with ending_cleanly():
+        asked = ask_like(index, like) if like is not None else ask_many(index, str(queries))
+        say("query", asked.how)
+        with closing(asked.batches) as batches:
+            answers = _answers(rows, batches, top, metric, has_shared=explain)
+            if like is None:
+                print_many(answers, as_json=as_json)
+            else:
+                facts = {"like": like, "metric": metric, "query": asked.rule}
+                print_one(next(answers)[0], facts, as_json=as_json)
+
+
+def _answers(
+    rows: "CodeFile", batches: "Iterator[Batch]", top: int, metric: _Metric, *, has_shared: bool
+) -> Iterator[list[Answer]]:
+    """Answer queries batch by batch; those that could not be read come last."""
+    rejected: list[Answer] = []
+    for batch in batches:
+        rejected += [Answer(name, 0, [], reason) for name, reason in batch.rejected]
+        codes = batch.rows.codes
+        hits = _first_stage(rows, codes, top, metric)
+        queries = zip(batch.ids, (codes[[place]] for place in range(len(hits))), hits, strict=True)
+        yield [
+            Answer(name, code.nnz, _found(rows, of_query, code, metric, has_shared=has_shared))
+            for name, code, of_query in queries
         ]
-        facts = {"like": like, "metric": metric, "query_active": query.nnz}
-        print_json(facts | {"hits": found})
-        return
-    if not query.nnz:
-        say("query", f"the code of {like} is empty: no latent is active, so nothing is like it")
-    for hit in hits:
-        print_text(f"{hit.score:7.4f}  {stored.ids[hit.row]}")
-        for feature in features[hit.row]:
-            print_text(
-                f"         {feature.score:+.3f}  feature {feature.latent:<5}"
-                f" query {feature.query:+.2f}, hit {feature.hit:+.2f}"
-            )
+    yield rejected
 
 
-def _query_code(stored: "CodeFile", like: str, model: Path | None, device: Device) -> "Codes":
-    """Return the code of a row (by id) or of an image file."""
-    path = Path(like)
-    if like in stored.ids and not path.is_file():
-        return stored.codes[[stored.ids.index(like)]]
-    if not path.exists():
-        raise UsageError(f"--like {like}: no such file, and no row has that id")
-    from vsc_serve.encoder import Encoder
-    from vsc_serve.options import EncodeOptions
+def _first_stage(
+    rows: "CodeFile", queries: "Codes", top: int, metric: _Metric
+) -> "list[list[Hit]]":
+    """Return the hits of each query, none of one whose code is empty."""
+    from vsc_serve.index.exact import search_many
 
-    options = EncodeOptions.of_codes(stored.meta)
-    bundle = find_model(model)
-    encoder = Encoder.open(bundle, device=device)
-    refuse_other_model(stored, encoder.manifest.digest, bundle)
-    return encoder.encode_rows(encoder.read([path]), options).codes
+    nearest = search_many(rows.codes, queries, top=top, metric=metric)
+    actives = (queries.indptr[1:] - queries.indptr[:-1]).tolist()
+    return [nearest.hits(place) if active else [] for place, active in enumerate(actives)]
+
+
+def _found(
+    rows: "CodeFile", hits: "list[Hit]", code: "Codes", metric: _Metric, *, has_shared: bool
+) -> list[Found]:
+    from vsc_serve.index.exact import explain
+
+    shared = [
+        explain(rows.codes, hit.row, code, metric=metric) if has_shared else None for hit in hits
+    ]
+    return [Found(rows.ids[hit.row], hit, one) for hit, one in zip(hits, shared, strict=True)]

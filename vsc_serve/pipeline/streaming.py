@@ -1,13 +1,15 @@
 """Codes as a stream, for programs that do not want a file."""
 
 from collections import deque
-from collections.abc import Iterator, Sequence
+from collections.abc import Generator, Iterator, Sequence
 from pathlib import Path
 from typing import NamedTuple
 
 from vsc_serve.bundle import open_bundle
 from vsc_serve.codes import CodeRows
+from vsc_serve.encoder import Encoder
 from vsc_serve.executors import (
+    ArrayExecutor,
     Chunk,
     ChunkSize,
     Executor,
@@ -18,7 +20,7 @@ from vsc_serve.executors import (
 from vsc_serve.images import MAX_PIXELS
 from vsc_serve.options import PLAIN, EncodeOptions
 from vsc_serve.session import Device
-from vsc_serve.sources import Ids, Source, find_sources
+from vsc_serve.sources import Ids, Source, find_sources, holds_arrays, open_arrays
 
 
 class Batch(NamedTuple):
@@ -48,15 +50,15 @@ def stream(
     exclude: Sequence[str] = (),
     ids: Ids = "relative",
     max_pixels: int = MAX_PIXELS,
-) -> Iterator[Batch]:
-    """Encode images as `vsc encode` does; give the codes in order, as they are ready.
+) -> Generator[Batch, None, None]:
+    """Encode images or vectors as `vsc encode` does; give the codes in order, as they are ready.
 
         for batch in stream("model/", ["images/"]):
             batch.ids, batch.rows.codes, batch.rejected
 
     Args:
         model: The bundle.
-        inputs: Folders, files, patterns, archives and URLs.
+        inputs: Folders, files, patterns, archives and URLs; or numpy files of rows.
         options: Threshold, values, and what else to give.
         device: Where the model runs.
         workers: Processes; by default one for each processor that may be used; 0 is threads.
@@ -68,10 +70,19 @@ def stream(
     Raises:
         VscError: No image was found, or the model cannot be opened; on the first batch.
     """
-    bundle = open_bundle(Path(model))
-    how = ExecutorOptions(device=device, workers=workers, read=ReadOptions(max_pixels=max_pixels))
-    sources = find_sources([str(given) for given in inputs], exclude=exclude, ids=ids)
-    with open_executor(bundle, options, how) as executor:
+    given = [str(one) for one in inputs]
+    executor: Executor
+    sources: Iterator[Source]
+    if holds_arrays(given, exclude=exclude):
+        arrays = open_arrays(given, exclude=exclude, ids=ids)
+        executor = ArrayExecutor(Encoder.open(model, device=device), arrays, options)
+        sources = arrays.sources()
+    else:
+        read = ReadOptions(max_pixels=max_pixels)
+        how = ExecutorOptions(device=device, workers=workers, read=read)
+        executor = open_executor(open_bundle(Path(model)), options, how)
+        sources = find_sources(given, exclude=exclude, ids=ids)
+    with executor:
         yield from batches(executor, sources, batch_size)
 
 

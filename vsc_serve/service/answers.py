@@ -11,6 +11,7 @@ from fastapi.responses import JSONResponse
 from vsc_serve.codes import Codes, codes_to_bytes
 from vsc_serve.encoder import Encoder
 from vsc_serve.images import BadImage
+from vsc_serve.options import EncodeOptions
 from vsc_serve.service.media import JSON, NPZ, preferred
 from vsc_serve.service.reading import Batch
 
@@ -20,10 +21,10 @@ _MAX_ERRORS_HEADER: Final = 4000
 Form = Callable[[Codes, Sequence[str], Sequence[BadImage], Mapping[str, Any]], Response]
 
 
-def encode_batch(encoder: Encoder, batch: Batch, tau: float | None, form: Form) -> Response:
+def encode_batch(encoder: Encoder, batch: Batch, options: EncodeOptions, form: Form) -> Response:
     """Encode a batch and write the answer."""
-    codes = encoder.encode(batch.rows, tau=tau)
-    return form(codes, batch.ids, batch.errors, encoder.provenance(tau=tau))
+    codes = encoder.encode_rows(batch.rows, options).codes
+    return form(codes, batch.ids, batch.errors, encoder.provenance(options))
 
 
 def _json_answer(

@@ -3,7 +3,7 @@
 import asyncio
 from collections.abc import AsyncIterator
 from contextlib import asynccontextmanager
-from typing import Annotated, Any
+from typing import Annotated, Any, Literal
 
 import numpy as np
 from fastapi import APIRouter, FastAPI, Header, HTTPException, Query, Request, Response
@@ -18,7 +18,8 @@ from starlette.types import ASGIApp, Message, Receive, Scope, Send
 from vsc_serve import __version__
 from vsc_serve.bundle import Manifest
 from vsc_serve.encoder import Encoder
-from vsc_serve.errors import InputError
+from vsc_serve.errors import InputError, UsageError
+from vsc_serve.options import EncodeOptions, View
 from vsc_serve.service.answers import encode_batch, form_for, nothing_usable, refusal
 from vsc_serve.service.reading import read_batch
 from vsc_serve.service.schemas import ENCODE_REQUEST, ENCODE_RESPONSES
@@ -50,6 +51,7 @@ def create_app(encoder: Encoder, limits: Limits | None = None) -> FastAPI:
     app.add_exception_handler(StarletteHTTPException, _answer_refusal)
     app.add_exception_handler(RequestValidationError, _answer_bad_parameter)
     app.add_exception_handler(InputError, _answer_unusable)
+    app.add_exception_handler(UsageError, _answer_unusable)
     app.add_exception_handler(ClientDisconnect, _answer_disconnect)
     app.add_exception_handler(Exception, _answer_bug)
     return app
@@ -151,6 +153,7 @@ async def models(request: Request) -> dict[str, list[dict[str, Any]]]:
         "modality": manifest.modality,
         "latent_dim": manifest.latent_dim,
         "tau": manifest.tau,
+        "query_tau": EncodeOptions(view="query").thresholds(manifest).tau,
         "pixel_spec": spec.to_json() if spec else None,
         "input_dim": manifest.input_dim,
         "engine": encoder.engine,
@@ -168,20 +171,28 @@ async def models(request: Request) -> dict[str, list[dict[str, Any]]]:
 async def encode(
     request: Request,
     tau: Annotated[float | None, Query(gt=0.0, lt=1.0)] = None,
+    made_as: Annotated[Literal["rows", "query"], Query(alias="as")] = "rows",
+    stored_tau: Annotated[float | None, Query(gt=0.0, lt=1.0)] = None,
     x_image_id: Annotated[str, Header(description="Id of the image in a raw body")] = "image",
 ) -> Response:
     """Encode what the body holds; inputs that cannot be used are listed beside the rows.
 
     Send images as multipart file parts (a row's id is the part's filename), or one image as the
     raw body. A model of vectors takes a JSON object with `vectors` and, if you like, `ids`.
+    `as=query` encodes queries, which keep more latents than the rows they are for (`stored_tau`).
     """
     form = form_for(",".join(request.headers.getlist("accept")))
     service = _service(request)
+    if stored_tau is not None and made_as != "query":
+        raise HTTPException(422, "stored_tau: is for queries; send as=query too")
+    view: View = "query" if made_as == "query" else "mean"
+    options = EncodeOptions(tau=tau, view=view, stored_tau=stored_tau)
+    options.thresholds(service.encoder.manifest)  # refused before the body is read
     try:
         batch = await read_batch(request, service, raw_id=x_image_id)
         if not batch.ids:
             raise HTTPException(422, nothing_usable(batch.errors))
-        return await service.work(encode_batch, service.encoder, batch, tau, form)
+        return await service.work(encode_batch, service.encoder, batch, options, form)
     except asyncio.CancelledError:  # only a service that is stopping and waits no longer does this
         raise HTTPException(503, "the service stopped before this request was done") from None
 

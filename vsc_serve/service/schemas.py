@@ -23,6 +23,8 @@ class EncodeAnswer(BaseModel):
     model_digest: str
     tau: float
     view: str
+    stored_tau: float | None = None
+    """Of queries (`as=query`): the tau of the rows they are for; else it is left out."""
     engine: str
     vsc_serve: str
     latent_dim: int
@@ -53,7 +55,7 @@ _REFUSALS: Final[dict[int | str, str]] = {
     406: "The Accept header names nothing that can be answered",
     413: "Too many bytes or too many inputs",
     415: "The model does not take this media type",
-    422: "No input is usable, or tau is out of range",
+    422: "No input is usable, or a tau is out of range or order",
     503: "The service is stopping",
 }
 ENCODE_RESPONSES: Final[dict[int | str, dict[str, Any]]] = {
