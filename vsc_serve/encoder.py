@@ -27,7 +27,6 @@ from vsc_serve.compaction import (
     BatchFacts,
     Compaction,
     EncodedBatch,
-    GraphOutputs,
     NotFinite,
 )
 from vsc_serve.errors import BundleError, InputError
@@ -35,6 +34,14 @@ from vsc_serve.images import PixelSpec, decode_pixels, read_pixels
 from vsc_serve.linear_map import LinearMap, read_linear_map
 from vsc_serve.options import PLAIN, REFITTED, EncodeOptions
 from vsc_serve.session import Device, Session, SessionPool, open_graph
+from vsc_serve.targets import (
+    are_needed,
+    require_embedding,
+    target_outputs,
+    targets_of,
+    with_refitted,
+    with_targets,
+)
 
 logger = logging.getLogger(__name__)
 
@@ -167,7 +174,7 @@ class Encoder:
         """Encode as `encode_rows` does, and give the statistics of the decisions too."""
         _check_rows(rows, self.manifest)
         if options.refit:
-            self._require_refit()
+            self.linear_map  # noqa: B018  # a bundle without one says so before any row
         decisions, parts = DecisionStatistics(), []
         for start in range(0, len(rows), BATCH_SIZE):
             encoded = self._encode_batch(rows[start : start + BATCH_SIZE], start, options)
@@ -195,8 +202,8 @@ class Encoder:
         """
         _check_rows(rows, self.manifest)
         if self.manifest.backbone is None:
-            return _flattened(rows)
-        self._require_embedding()
+            return targets_of(rows, {})
+        require_embedding(self.manifest)
         parts = [np.empty((0, self.manifest.data_dim), np.float32)]
         for start in range(0, len(rows), BATCH_SIZE):
             batch = rows[start : start + BATCH_SIZE]
@@ -236,12 +243,14 @@ class Encoder:
         """Encode what a graph is given at once; `start` is its first row, for messages."""
         limit = threshold_logit(options.thresholds(self.manifest).tau)
         feeds = {self.manifest.modality: rows, "tau_logit": np.array(limit)}
-        outputs = [*self._compaction.outputs(options), *self._refit_outputs(options)]
+        outputs = [*self._compaction.outputs(options), *target_outputs(self.manifest, options)]
         found = dict(zip(outputs, self._session.run(outputs, feeds), strict=True))
         batch = BatchFacts(len(rows), self.manifest.latent_dim, limit)
         try:
             encoded = self._compaction.compact(found, batch, options)
-            return self._refit(encoded, rows, found) if options.refit else encoded
+            if not are_needed(options):
+                return encoded
+            return self._complete(encoded, targets_of(rows, found), options)
         except NotFinite as error:
             row = start + error.row
             raise InputError(
@@ -252,34 +261,13 @@ class Encoder:
                 row=row,
             ) from None
 
-    def _refit_outputs(self, options: EncodeOptions) -> list[str]:
-        """Return what refitted values need of the graph."""
-        return [EMBEDDING] if options.refit and self.manifest.backbone is not None else []
-
-    def _refit(
-        self, encoded: EncodedBatch, rows: NDArray[Any], found: GraphOutputs
+    def _complete(
+        self, encoded: EncodedBatch, targets: NDArray[np.float32], options: EncodeOptions
     ) -> EncodedBatch:
-        """Replace the values of a batch. Raises NotFinite."""
-        data = found[EMBEDDING][: len(rows)] if EMBEDDING in found else _flattened(rows)
-        codes = self.linear_map.refit(encoded.rows.codes, data)
-        bad = np.flatnonzero(~np.isfinite(codes.data))
-        if len(bad):
-            raise NotFinite(int(np.searchsorted(codes.indptr, bad[0], "right")) - 1)
-        return encoded._replace(rows=replace(encoded.rows, codes=codes))
-
-    def _require_refit(self) -> None:
-        """Raise BundleError unless the bundle has what refitted values need."""
-        self.linear_map  # noqa: B018  # reads it
-        if self.manifest.backbone is not None:
-            self._require_embedding()
-
-    def _require_embedding(self) -> None:
-        if EMBEDDING not in self.manifest.graphs.get(ENCODER, {}).get("outputs", {}):
-            raise BundleError(
-                f"{self._path or self.manifest.name}: its encoder does not give the embeddings of"
-                " its backbone, which a second stage and refitted values need. Export the run"
-                " again with this version."
-            )
+        """Return a batch with what options ask for beside codes of slab means. Raises NotFinite."""
+        if options.refit:
+            encoded = with_refitted(encoded, targets, self.linear_map)
+        return with_targets(encoded, targets) if options.targets else encoded
 
     def read(self, images: Sequence[ImageLike]) -> NDArray[np.uint8]:
         """Return the pixels of images, as `encode_rows` takes them.
@@ -295,11 +283,6 @@ class Encoder:
             raise InputError("encode takes a list of images, not a single one: pass [image]")
         pixels = [_image_pixels(image, row, spec) for row, image in enumerate(images)]
         return np.stack(pixels) if pixels else np.empty((0, *spec.shape), np.uint8)
-
-
-def _flattened(rows: NDArray[Any]) -> NDArray[np.float32]:
-    flat = rows.reshape(len(rows), -1).astype(np.float32)
-    return flat if rows.dtype.kind == "f" else flat / np.float32(255)
 
 
 def _image_pixels(image: ImageLike, row: int, spec: PixelSpec) -> NDArray[np.uint8]:

@@ -48,6 +48,8 @@ class EncodeOptions:
     refit: bool = False
     """Give the values that decode nearest to the data by the bundle's linear map, in place of slab
     means; see `LinearMap.refit`."""
+    targets: bool = False
+    """Give what the decoder is to draw beside the codes; see `Encoder.targets`."""
     stored_tau: float | None = None
     """Threshold of the stored rows that queries are for, in place of the model's own."""
 

@@ -161,7 +161,7 @@ def test_a_bundle_of_an_older_version_says_what_it_lacks(
     (old / "manifest.json").write_text(json.dumps(stored))
     encoder = Encoder.open(old, device="cpu")
     pixels = encoder.read(paths[:2])
-    message = "old: its encoder does not give the embeddings of its backbone, which a second stage"
+    message = "model behind: its encoder does not give the embeddings of its backbone, which a"
     for use in (
         lambda: encoder.targets(pixels),
         lambda: encoder.encode_rows(pixels, EncodeOptions(refit=True)),

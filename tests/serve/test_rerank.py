@@ -8,7 +8,7 @@ import pytest
 from vsc_serve.codes import dense_to_csr
 from vsc_serve.decoder import Decoder
 from vsc_serve.errors import UsageError
-from vsc_serve.index.rerank import candidate_norms, explain_linear, rerank, rerank_decoded
+from vsc_serve.index.rerank import LinearStage, explain_linear, rerank, rerank_decoded
 from vsc_serve.linear_map import LinearMap
 
 LATENTS, DIMENSIONS, ROWS = 12, 30, 60
@@ -57,17 +57,28 @@ def test_over_all_rows_the_second_stage_is_the_search_in_decoded_rows(
         assert rows.index(9) == rows.index(40) - 1, "equal scores are in row order"
 
 
-def test_only_candidates_are_hits_and_only_their_lengths_are_computed(
-    linear_map: LinearMap, dense: np.ndarray, queries: np.ndarray
+def test_only_candidates_are_hits_and_only_their_lengths_are_computed_once(
+    linear_map: LinearMap, dense: np.ndarray, queries: np.ndarray, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     codes, expected = dense_to_csr(dense), cosines(queries, dense, linear_map)
-    candidates = [np.arange(query, ROWS, 4) for query in range(3)]
-    norms = candidate_norms(linear_map, codes, candidates)
-    assert np.flatnonzero(np.isnan(norms)).tolist() == list(range(3, ROWS, 4))
-    hits = rerank(candidates, codes, norms, *linear_map.project(queries[:3]), top=6)
-    for query, found in enumerate(hits):
-        best = candidates[query][np.argsort(-expected[query][candidates[query]])][:6]
-        assert [hit.row for hit in found] == best.tolist()
+    measured, whole = [], LinearMap.norms
+    monkeypatch.setattr(
+        LinearMap,
+        "norms",
+        lambda self, codes: measured.append(codes.shape[0]) or whole(self, codes),
+    )
+    stage = LinearStage(codes, linear_map)
+    for block in range(2):
+        candidates = [np.arange(query + block, ROWS, 4) for query in range(2)]
+        hits = stage.rerank([*candidates, np.empty(0, np.intp)], queries[:3], 6)
+        for query, found in enumerate(hits[:2]):
+            best = candidates[query][np.argsort(-expected[query][candidates[query]])][:6]
+            assert [hit.row for hit in found] == best.tolist()
+        assert hits[2] == []
+    assert measured == [ROWS // 2, ROWS // 4]
+    assert stage.explain([], queries[0]) == []
+    (parts,) = stage.explain(hits[1][:1], queries[1])
+    assert sum(one.score for one in parts[0]) + parts[1] == pytest.approx(hits[1][0].score)
 
 
 def test_an_empty_code_has_the_score_of_the_bias(

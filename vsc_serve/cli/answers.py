@@ -23,11 +23,14 @@ class Found:
     hit: "Hit"
     shared: "list[SharedFeature] | None"
     """None where it was not asked for."""
+    bias: float | None = None
+    """What the bias of a linear map adds to the score of a second stage."""
 
     def to_json(self) -> dict[str, Any]:
         """Return it for programs, without the number of its row."""
         shared = {} if self.shared is None else {"shared": list(map(asdict, self.shared))}
-        return {"id": self.id, "score": self.hit.score} | shared
+        bias = {} if self.bias is None else {"bias": self.bias}
+        return {"id": self.id, "score": self.hit.score} | shared | bias
 
 
 @dataclass(frozen=True)
@@ -106,3 +109,5 @@ def _print_hits(answer: Answer, indent: str = "") -> None:
                 f"{indent}         {feature.score:+.3f}  feature {feature.latent:<5}"
                 f" query {feature.query:+.2f}, hit {feature.hit:+.2f}"
             )
+        if found.bias is not None:
+            print_text(f"{indent}         {found.bias:+.3f}  bias of the linear map")

@@ -5,11 +5,12 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Final, Literal, NamedTuple
 
 from vsc_serve.cli.options import Device, find_model, refuse_other_model
+from vsc_serve.cli.rerank import Rerank, refuse_codes
 from vsc_serve.errors import UsageError
 
 if TYPE_CHECKING:
     from vsc_serve.bundle import Manifest
-    from vsc_serve.codes import CodeFile, Codes
+    from vsc_serve.codes import CodeFile, CodeRows
     from vsc_serve.options import EncodeOptions
     from vsc_serve.pipeline import Batch
 
@@ -30,6 +31,8 @@ class Index(NamedTuple):
     rule: Rule
     model: Path | None
     device: Device
+    rerank: Rerank = "none"
+    """Second stage, which needs what is asked itself beside its code."""
 
 
 class Asked(NamedTuple):
@@ -45,30 +48,28 @@ class Asked(NamedTuple):
 def ask_like(index: Index, like: str) -> Asked:
     """Ask what is like a row (by its id) or an image file. Raises VscError."""
     from vsc_serve.encoder import Encoder
-    from vsc_serve.index.queries import query_options
 
     path = Path(like)
     if like in index.rows.ids and not path.is_file():
         return _ask_row(index, like)
     if not path.exists():
         raise UsageError(f"--like {like}: no such file, and no row has that id")
-    options = query_options(index.rows.meta, index.rule)
+    options = _options(index)
     bundle = find_model(index.model)
     encoder = Encoder.open(bundle, device=index.device)
     refuse_other_model(index.rows, encoder.manifest.digest, bundle)
     rows = encoder.encode_rows(encoder.read([path]), options)
-    return _asked(index, options, encoder.manifest, _one(rows.codes, like))
+    return _asked(index, options, encoder.manifest, _one(rows, like))
 
 
 def ask_many(index: Index, given: str) -> Asked:
     """Ask with the queries of a file, or with what `vsc encode` takes. Raises VscError."""
     from vsc_serve.bundle import open_bundle
-    from vsc_serve.index.queries import query_options
     from vsc_serve.pipeline import stream
 
     if _holds_codes(Path(given)):
         return _ask_codes(index, Path(given))
-    options = query_options(index.rows.meta, index.rule)
+    options = _options(index)
     bundle = find_model(index.model)
     manifest = open_bundle(bundle).manifest
     refuse_other_model(index.rows, manifest.digest, bundle)
@@ -76,20 +77,35 @@ def ask_many(index: Index, given: str) -> Asked:
     return _asked(index, options, manifest, batches)
 
 
+def _options(index: Index) -> "EncodeOptions":
+    """Return how queries are encoded; for a second stage what they are comes along."""
+    from dataclasses import replace
+
+    from vsc_serve.index.queries import query_options
+
+    options = query_options(index.rows.meta, index.rule)
+    return replace(options, targets=index.rerank != "none")
+
+
 def _ask_row(index: Index, like: str) -> Asked:
+    from vsc_serve.codes import CodeRows
+
+    refuse_codes(index.rerank, f"the row {like}", "its image file to --like")
     if index.rule == "wide":
         raise UsageError(
             f"--query wide: of the row {like} only the stored code is there. Give its image file"
             " to --like, or leave --query out."
         )
     code = index.rows.codes[[index.rows.ids.index(like)]]
-    return Asked("symmetric", "symmetric: the stored code of a row", _one(code, like))
+    rows = CodeRows(codes=code)
+    return Asked("symmetric", "symmetric: the stored code of a row", _one(rows, like))
 
 
 def _ask_codes(index: Index, path: Path) -> Asked:
     from vsc_serve.codes import read_codes
     from vsc_serve.index.queries import check_queries
 
+    refuse_codes(index.rerank, str(path), "the images or vectors themselves to --queries")
     queries = read_codes(path)
     check_queries(path, queries, index.path, index.rows)
     found: _Rule = "wide" if queries.meta.get("view") == "query" else "symmetric"
@@ -112,20 +128,18 @@ def _holds_codes(path: Path) -> bool:
 
 
 def _cut(queries: "CodeFile") -> "Generator[Batch, None, None]":
-    for start in range(0, len(queries.ids), _BLOCK):
-        block = slice(start, start + _BLOCK)
-        yield _batch(queries.codes[block], queries.ids[block])
-
-
-def _one(codes: "Codes", name: str) -> "Generator[Batch, None, None]":
-    yield _batch(codes, [name])
-
-
-def _batch(codes: "Codes", ids: list[str]) -> "Batch":
     from vsc_serve.codes import CodeRows
     from vsc_serve.pipeline import Batch
 
-    return Batch(CodeRows(codes=codes), ids, [])
+    for start in range(0, len(queries.ids), _BLOCK):
+        block = slice(start, start + _BLOCK)
+        yield Batch(CodeRows(codes=queries.codes[block]), queries.ids[block], [])
+
+
+def _one(rows: "CodeRows", name: str) -> "Generator[Batch, None, None]":
+    from vsc_serve.pipeline import Batch
+
+    yield Batch(rows, [name], [])
 
 
 def _asked(

@@ -10,6 +10,7 @@ import typer
 from vsc_serve.cli.answers import Answer, Found, print_many, print_one
 from vsc_serve.cli.options import DeviceOption, JsonOption, ModelOption
 from vsc_serve.cli.queries import Index, Rule, ask_like, ask_many
+from vsc_serve.cli.rerank import Rerank, SecondStage, check_depth, open_stage
 from vsc_serve.console import ending_cleanly, say
 from vsc_serve.errors import UsageError
 
@@ -34,6 +35,12 @@ def search(
     query: Annotated[
         Rule, typer.Option(help="Keep more latents than the rows, or the same.")
     ] = "auto",
+    rerank: Annotated[
+        Rerank, typer.Option(help="Score the best rows again: linear or decoded.")
+    ] = "none",
+    candidates: Annotated[
+        int | None, typer.Option(help="Rows that are scored again (default 200).", min=1)
+    ] = None,
     explain: Annotated[bool, typer.Option("--explain", help="List the shared features.")] = False,
     model: ModelOption = None,
     device: DeviceOption = "auto",
@@ -45,55 +52,94 @@ def search(
 
     if (like is None) == (queries is None):
         raise UsageError("give one of --like IMAGE (or the id of a row) and --queries FILE")
+    depth = check_depth(rerank, candidates, top, explain=explain)
     rows = read_codes(codes)
     check_rows(codes, rows)
-    index = Index(codes, rows, query, model, device)
+    index = Index(codes, rows, query, model, device, rerank)
     with ending_cleanly():
         asked = ask_like(index, like) if like is not None else ask_many(index, str(queries))
+        stage = open_stage(rerank, codes, rows, model, device)
         say("query", asked.how)
+        if stage is not None:
+            say("rerank", f"{rerank}: the best {depth} of each query by their codes, scored again")
+        find = _Finder(rows, stage, top, depth, metric, has_shared=explain)
         with closing(asked.batches) as batches:
-            answers = _answers(rows, batches, top, metric, has_shared=explain)
+            answers = _answers(find, batches)
             if like is None:
                 print_many(answers, as_json=as_json)
             else:
-                facts = {"like": like, "metric": metric, "query": asked.rule}
+                facts = {"like": like, "metric": metric, "query": asked.rule, "rerank": rerank}
                 print_one(next(answers)[0], facts, as_json=as_json)
 
 
-def _answers(
-    rows: "CodeFile", batches: "Iterator[Batch]", top: int, metric: _Metric, *, has_shared: bool
-) -> Iterator[list[Answer]]:
+def _answers(find: "_Finder", batches: "Iterator[Batch]") -> Iterator[list[Answer]]:
     """Answer queries batch by batch; those that could not be read come last."""
     rejected: list[Answer] = []
     for batch in batches:
         rejected += [Answer(name, 0, [], reason) for name, reason in batch.rejected]
-        codes = batch.rows.codes
-        hits = _first_stage(rows, codes, top, metric)
-        queries = zip(batch.ids, (codes[[place]] for place in range(len(hits))), hits, strict=True)
-        yield [
-            Answer(name, code.nnz, _found(rows, of_query, code, metric, has_shared=has_shared))
-            for name, code, of_query in queries
-        ]
+        yield find.answers(batch)
     yield rejected
 
 
-def _first_stage(
-    rows: "CodeFile", queries: "Codes", top: int, metric: _Metric
-) -> "list[list[Hit]]":
-    """Return the hits of each query, none of one whose code is empty."""
-    from vsc_serve.index.exact import search_many
+class _Finder:
+    """Finds the hits of queries, and says why.
 
-    nearest = search_many(rows.codes, queries, top=top, metric=metric)
-    actives = (queries.indptr[1:] - queries.indptr[:-1]).tolist()
-    return [nearest.hits(place) if active else [] for place, active in enumerate(actives)]
+    Args:
+        rows: What is searched.
+        stage: Scores the first stage's hits again, if there is one.
+        top: Hits wanted.
+        depth: Hits wanted of the first stage.
+        metric: Score of the first stage.
+        has_shared: Whether hits say what makes up their score.
+    """
 
+    def __init__(
+        self,
+        rows: "CodeFile",
+        stage: SecondStage | None,
+        top: int,
+        depth: int,
+        metric: _Metric,
+        *,
+        has_shared: bool,
+    ) -> None:
+        self._rows, self._stage, self._metric = rows, stage, metric
+        self._top, self._depth, self._has_shared = top, depth, has_shared
 
-def _found(
-    rows: "CodeFile", hits: "list[Hit]", code: "Codes", metric: _Metric, *, has_shared: bool
-) -> list[Found]:
-    from vsc_serve.index.exact import explain
+    def answers(self, batch: "Batch") -> list[Answer]:
+        """Answer the queries of a batch."""
+        codes = batch.rows.codes
+        hits = self._hits(batch)
+        queries = zip(batch.ids, (codes[[place]] for place in range(len(hits))), hits, strict=True)
+        return [
+            Answer(name, code.nnz, self._found(place, batch, code, of_query))
+            for place, (name, code, of_query) in enumerate(queries)
+        ]
 
-    shared = [
-        explain(rows.codes, hit.row, code, metric=metric) if has_shared else None for hit in hits
-    ]
-    return [Found(rows.ids[hit.row], hit, one) for hit, one in zip(hits, shared, strict=True)]
+    def _hits(self, batch: "Batch") -> "list[list[Hit]]":
+        """Return the hits of each query, none of one whose code is empty."""
+        from vsc_serve.index.exact import search_many
+
+        queries, targets = batch.rows.codes, batch.rows.targets
+        nearest = search_many(self._rows.codes, queries, top=self._depth, metric=self._metric)
+        actives = (queries.indptr[1:] - queries.indptr[:-1]).tolist()
+        if self._stage is None or targets is None:
+            return [nearest.hits(place) if active else [] for place, active in enumerate(actives)]
+        candidates = [
+            rows if active else rows[:0] for rows, active in zip(nearest.rows, actives, strict=True)
+        ]
+        return self._stage.rerank(candidates, targets, self._top)
+
+    def _found(self, place: int, batch: "Batch", code: "Codes", hits: "list[Hit]") -> list[Found]:
+        from vsc_serve.index.exact import explain
+
+        ids, targets = self._rows.ids, batch.rows.targets
+        if not self._has_shared:
+            return [Found(ids[hit.row], hit, None) for hit in hits]
+        if self._stage is not None and targets is not None:
+            parts = zip(hits, self._stage.explain(hits, targets[place]), strict=True)
+            return [Found(ids[hit.row], hit, shared, bias) for hit, (shared, bias) in parts]
+        shared_by = (explain(self._rows.codes, hit.row, code, metric=self._metric) for hit in hits)
+        return [
+            Found(ids[hit.row], hit, shared) for hit, shared in zip(hits, shared_by, strict=True)
+        ]

@@ -26,6 +26,9 @@ class CodeRows:
     """Spike probability of each entry of `codes.data`, if asked for."""
     sigma: NDArray[np.float32] | None = None
     """Standard deviation of the slab of each entry of `codes.data`, if asked for."""
+    targets: NDArray[np.float32] | None = None
+    """What the decoder is to draw for each row, if asked for and there is a row: see
+    `Encoder.targets`."""
 
 
 def threshold_logit(tau: float) -> np.float32:
@@ -154,6 +157,9 @@ def stack_rows(parts: Sequence[CodeRows], latent_dim: int) -> CodeRows:
         codes=stack_codes([part.codes for part in parts], latent_dim),
         gamma=concatenate_aligned("gamma", [part.gamma for part in parts]),
         sigma=concatenate_aligned("sigma", [part.sigma for part in parts]),
+        targets=concatenate_aligned(
+            "targets", [part.targets for part in parts if part.codes.shape[0]]
+        ),
     )
 
 
@@ -168,13 +174,14 @@ def take_rows(rows: CodeRows, order: NDArray[np.int64]) -> CodeRows:
         codes=build_csr(codes.data[entries], codes.indices[entries], bounds, codes.shape[1]),
         gamma=None if rows.gamma is None else rows.gamma[entries],
         sigma=None if rows.sigma is None else rows.sigma[entries],
+        targets=None if rows.targets is None else rows.targets[order],
     )
 
 
 def concatenate_aligned(
     name: str, parts: Sequence[NDArray[np.float32] | None]
 ) -> NDArray[np.float32] | None:
-    """Put gamma or sigma of several parts together. Raises ValueError where only some have it."""
+    """Put gamma, sigma or targets together. Raises ValueError where only some parts have them."""
     given = [part for part in parts if part is not None]
     if given and len(given) < len(parts):
         raise ValueError(f"{len(given)} of {len(parts)} parts have {name}: all or none must")

@@ -19,7 +19,7 @@ it costs recall on text."""
 
 _OF_ALL: Final = ("latents", "model_digest", "sign")
 """What must be the same in queries and rows."""
-_OF_ROWS: Final = ("view", "tau", "max_active")
+_OF_ROWS: Final = ("view", "tau", "max_active", "values")
 """What else must be, where queries are codes of rows themselves."""
 
 

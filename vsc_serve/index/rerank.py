@@ -37,13 +37,12 @@ def rerank(
     """Score candidates again: the cosine of the query and what their codes decode to.
 
     Of an empty code that is the bias of the map; of a row that decodes to nothing it is 0. Equal
-    scores are in row order.
+    scores are in row order. A query without candidates, as one whose code is empty, has no hits.
 
     Args:
         candidates: For each query the rows to score.
         codes: What was searched, shape (rows, latents).
-        norms: Length of each decoded row, as `candidate_norms` or `LinearMap.norms` gives it; read
-            at the candidates only.
+        norms: Length of each decoded row, as `LinearMap.norms` gives it; read at the candidates.
         u: Of each query, shape (queries, latents); with `c` from `LinearMap.project`.
         c: Of each query.
         top: Hits wanted of each query.
@@ -58,20 +57,48 @@ def rerank(
     ]
 
 
-def candidate_norms(
-    linear_map: LinearMap, codes: Codes, candidates: Candidates
-) -> NDArray[np.float64]:
-    """Return the lengths of decoded rows as `rerank` takes them; NaN for rows of no query.
+class LinearStage:
+    """The second stage by a linear map, for one block of queries after the other.
+
+    The length of a decoded row is computed when the row is first a candidate.
 
     Args:
+        codes: What is searched.
         linear_map: The map of the model that made the codes.
-        codes: What was searched.
-        candidates: For each query the rows that will be scored.
     """
-    rows = np.unique(np.concatenate([np.empty(0, np.intp), *candidates]))
-    norms = np.full(codes.shape[0], np.nan)
-    norms[rows] = linear_map.norms(codes[rows])
-    return norms
+
+    def __init__(self, codes: Codes, linear_map: LinearMap) -> None:
+        self._codes, self._map = codes, linear_map
+        self._norms = np.full(codes.shape[0], np.nan)
+
+    def rerank(
+        self, candidates: Candidates, queries: NDArray[np.float32], top: int
+    ) -> list[list[Hit]]:
+        """Score candidates again; see `rerank`.
+
+        Args:
+            candidates: For each query the rows to score.
+            queries: What was asked, as `Encoder.targets` gives it, shape (queries, dimensions).
+            top: Hits wanted of each query.
+        """
+        self._measure(candidates)
+        u, c = self._map.project(queries)
+        return rerank(candidates, self._codes, self._norms, u, c, top=top)
+
+    def explain(
+        self, hits: Sequence[Hit], query: NDArray[np.float32]
+    ) -> list[tuple[list[SharedFeature], float]]:
+        """Say what features and bias add to the scores of hits; see `explain_linear`."""
+        u, c = self._map.project(query[None])
+        return [
+            explain_linear(self._codes, hit.row, float(self._norms[hit.row]), u[0], float(c[0]))
+            for hit in hits
+        ]
+
+    def _measure(self, candidates: Candidates) -> None:
+        rows = np.unique(np.concatenate([np.empty(0, np.intp), *candidates]))
+        new = rows[np.isnan(self._norms[rows])]
+        self._norms[new] = self._map.norms(self._codes[new])
 
 
 def rerank_decoded(
@@ -107,6 +134,30 @@ def rerank_decoded(
     return hits
 
 
+class DecodedStage:
+    """The second stage by the decoder; see `rerank_decoded`.
+
+    Args:
+        codes: What is searched.
+        decoder: The decoder of the model that made the codes.
+    """
+
+    def __init__(self, codes: Codes, decoder: Decoder) -> None:
+        self._codes, self._decoder = codes, decoder
+
+    def rerank(
+        self, candidates: Candidates, queries: NDArray[np.float32], top: int
+    ) -> list[list[Hit]]:
+        """Score candidates again; arguments as `LinearStage.rerank` has them."""
+        return rerank_decoded(candidates, self._codes, self._decoder, queries, top=top)
+
+    def explain(
+        self, hits: Sequence[Hit], query: NDArray[np.float32]
+    ) -> list[tuple[list[SharedFeature], float]]:
+        """Raise UsageError: the score is no sum over features."""
+        raise UsageError("a score of the decoder is no sum over features")
+
+
 def explain_linear(
     codes: Codes, row: int, norm: float, u: NDArray[np.float64], c: float
 ) -> tuple[list[SharedFeature], float]:
@@ -136,13 +187,13 @@ def explain_linear(
 
 
 def check_depth(candidates: Candidates, codes: Codes, top: int) -> None:
-    """Raise UsageError where a query has fewer candidates than hits are wanted of it.
+    """Raise UsageError where a query has candidates, and fewer than hits are wanted of it.
 
     All rows of a small index are enough, however few they are.
     """
     if top < 1:
         raise UsageError(f"`top` must be at least 1, not {top}")
-    fewest = min(map(len, candidates), default=top)
+    fewest = min((len(rows) for rows in candidates if len(rows)), default=top)
     if fewest < min(top, codes.shape[0]):
         raise UsageError(
             f"`candidates`: {fewest} rows of a query, and `top` asks for {top}. The second stage"
