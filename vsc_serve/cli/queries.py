@@ -52,10 +52,10 @@ def ask_like(index: Index, like: str) -> Asked:
         return _ask_row(index, like)
     if not path.exists():
         raise UsageError(f"--like {like}: no such file, and no row has that id")
-    options = query_options(index.rows.meta, index.rule)
     bundle = find_model(index.model)
     encoder = Encoder.open(bundle, device=index.device)
     refuse_other_model(index.rows, encoder.manifest.digest, bundle)
+    options = query_options(index.rows.meta, encoder.manifest, index.rule)
     rows = encoder.encode_rows(encoder.read([path]), options)
     return _asked(index, options, encoder.manifest, _one(rows.codes, like))
 
@@ -68,10 +68,10 @@ def ask_many(index: Index, given: str) -> Asked:
 
     if _holds_codes(Path(given)):
         return _ask_codes(index, Path(given))
-    options = query_options(index.rows.meta, index.rule)
     bundle = find_model(index.model)
     manifest = open_bundle(bundle).manifest
     refuse_other_model(index.rows, manifest.digest, bundle)
+    options = query_options(index.rows.meta, manifest, index.rule)
     batches = stream(bundle, [given], options, device=index.device)
     return _asked(index, options, manifest, batches)
 
