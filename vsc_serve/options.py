@@ -126,11 +126,15 @@ class EncodeOptions:
         """
         if self.view != "query":
             return Thresholds(manifest.tau if self.tau is None else self.tau)
-        default = QUERY_TAU if manifest.query_tau is None else manifest.query_tau
-        tau = default if self.tau is None else self.tau
+        tau = query_tau(manifest) if self.tau is None else self.tau
         stored_tau = manifest.tau if self.stored_tau is None else self.stored_tau
         check_order(tau, stored_tau)
         return Thresholds(tau, stored_tau)
+
+
+def query_tau(manifest: Manifest) -> float:
+    """Return the threshold of queries that a model is meant to be asked with."""
+    return QUERY_TAU if manifest.query_tau is None else manifest.query_tau
 
 
 def check_order(tau_q: float, stored_tau: float) -> None:

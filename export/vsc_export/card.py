@@ -138,7 +138,7 @@ def _search_table(search: list[SearchPoint], own_tau: float) -> str:
     text = (
         "On the same rows, with queries that keep more latents than what is stored (sqrt(gamma) mu"
         " above a\nthreshold of their own). Neighbours here are those of a dense index of the data:"
-        " by cosine, not centred."
+        " cosine, not centred."
     )
     return "\n".join(lines) + "\n\n" + text + _second_stage_text(search, own_tau)
 
@@ -148,9 +148,9 @@ def _second_stage_text(search: list[SearchPoint], own_tau: float) -> str:
     if own.refitted is None:
         return "\nThere is no linear map: it would be most of the bundle."
     return (
-        f" Second stage: the best {CANDIDATES} are scored again by the linear map\n(`vsc search"
-        f" --rerank linear`); with refitted values (`vsc encode --refit`) {own.refitted:.3f} at tau"
-        f" {own_tau:g}."
+        f"\nSecond stage: the best {CANDIDATES} are scored again by the linear map (`vsc search"
+        f" --rerank linear`); with refitted\nvalues (`vsc encode --refit`) it finds"
+        f" {own.refitted:.3f} at tau {own_tau:g}."
     )
 
 

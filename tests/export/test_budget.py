@@ -151,4 +151,4 @@ def test_an_export_for_a_budget_writes_both_thresholds(tiny_run: Path, tmp_path:
     card = (tmp_path / "out" / "README.md").read_text()
     assert "| tau | tau of queries | search cost | neighbour recall@10 | second stage |\n" in card
     assert f"| **{manifest.tau:g}** | {manifest.query_tau:g} |" in card
-    assert "with refitted values (`vsc encode --refit`) 0." in card
+    assert "with refitted\nvalues (`vsc encode --refit`) it finds 0." in card

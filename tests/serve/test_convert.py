@@ -396,12 +396,13 @@ def test_a_target_without_negatives_gets_split_codes_and_a_note_that_says_so(cod
 
 
 def test_columns_do_not_depend_on_which_values_a_file_happens_to_hold(write):
-    path = write([[1, 2]])  # of a model whose values may be negative
-    assert plan([path], to="elasticsearch").facts.columns == 4
-    assert (
-        lines_of(converted(path, "elasticsearch"))[1]
-        == '{"id": "0", "code": {"f0p": 1.0, "f1p": 2.0}}'
-    )
+    for view in ("mean", "query"):  # of a model whose values may be negative
+        path = write([[1, 2]], meta=META | {"view": view})
+        assert plan([path], to="elasticsearch").facts.columns == 4
+        assert (
+            lines_of(converted(path, "elasticsearch"))[1]
+            == '{"id": "0", "code": {"f0p": 1.0, "f1p": 2.0}}'
+        )
 
 
 @pytest.mark.parametrize("view", ["gamma", "spike"])

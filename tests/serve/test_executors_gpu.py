@@ -3,6 +3,7 @@
 import gc
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -14,19 +15,19 @@ from PIL import Image
 
 from vsc_export.compaction import csr_graph
 from vsc_serve import encoder as encoder_module
-from vsc_serve.bundle import ENCODER, ENCODER_CSR, Manifest, open_bundle
+from vsc_serve.bundle import ENCODER, ENCODER_CSR, Bundle, Manifest, open_bundle, sha256
 from vsc_serve.compaction import COMPACT
 from vsc_serve.cuda import PinnedArray, cuda_count, provider_options
 from vsc_serve.encoder import Encoder
 from vsc_serve.errors import BundleError, InputError
-from vsc_serve.executors import ExecutorOptions, choose, open_executor
+from vsc_serve.executors import ExecutorOptions, choose, gpu, open_executor
 from vsc_serve.executors.gpu import GpuExecutor, encode_on, read_spec
 from vsc_serve.executors.processes import ProcessExecutor
 from vsc_serve.executors.task import Encode
 from vsc_serve.models import builtin_model
 from vsc_serve.options import PLAIN, EncodeOptions
 from vsc_serve.pipeline import batches, stream
-from vsc_serve.session import BoundSession, SessionPool, open_session
+from vsc_serve.session import BoundSession, Session, SessionPool, open_graph, open_session
 from vsc_serve.sources import Source, find_sources
 
 
@@ -114,6 +115,39 @@ def compact(tiny_bundle: Path) -> Encoder:
     onnx.save(proto, tiny_bundle / ENCODER_CSR)
     manifest: Manifest = open_bundle(tiny_bundle).manifest
     return Encoder(bound(tiny_bundle, ENCODER_CSR), manifest, COMPACT)
+
+
+@pytest.mark.parametrize(
+    ("options", "graph"),
+    [
+        ({"tau": 0.2}, ENCODER_CSR),
+        ({"view": "query"}, ENCODER),
+        ({"view": "query", "tau": 0.2}, ENCODER),
+    ],
+)
+def test_queries_are_made_from_dense_outputs(
+    compact: Encoder,
+    tiny_bundle: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    options: dict[str, Any],
+    graph: str,
+) -> None:
+    opened: list[str] = []
+
+    def noting(bundle: Bundle, name: str, **others: Any) -> Session:
+        opened.append(name)
+        return open_graph(bundle, name, **others)
+
+    monkeypatch.setattr(gpu, "open_graph", noting)
+    chosen, files = EncodeOptions(**options), compact.manifest.files
+    with_csr = files | {ENCODER_CSR: sha256(tiny_bundle / ENCODER_CSR)}
+    bundle = Bundle(tiny_bundle, replace(compact.manifest, files=with_csr))
+    ((encode, _),), provenance = gpu.open_encoders(bundle, chosen, "cpu", 1)
+    assert opened == [graph]
+    pixels = np.random.default_rng(0).integers(0, 256, (100, 4, 4, 1), np.uint8)
+    expected = Encoder.open(tiny_bundle, device="cpu").encode_rows(pixels, chosen).codes
+    np.testing.assert_array_equal(encode(pixels).rows.codes.toarray(), expected.toarray())
+    assert provenance["view"] == chosen.view
 
 
 @pytest.mark.parametrize("count", [0, 1, 255, 256, 257, 600])

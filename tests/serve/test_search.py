@@ -2,6 +2,7 @@
 
 import json
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -101,21 +102,30 @@ def expected(rows: Path, queries: Path, top: int = 3) -> list[dict[str, Any]]:
     ],
 )
 def test_queries_are_wide_where_it_is_measured_to_help_unless_told(
-    rows: dict[str, Any], rule: Any, view: str
+    fake_encoder: Encoder, rows: dict[str, Any], rule: Any, view: str
 ) -> None:
-    options = query_options(rows, rule)
+    options = query_options(rows, fake_encoder.manifest, rule)
     symmetric = EncodeOptions.of_codes(rows)
     assert options == (EncodeOptions.for_query(rows) if view == "query" else symmetric)
     assert options.view == view
 
 
-def test_a_wide_query_is_not_asked_of_rows_it_does_not_go_with() -> None:
+def test_queries_are_not_wide_where_the_model_wants_them_above_the_rows(
+    fake_encoder: Encoder,
+) -> None:
+    manifest = replace(fake_encoder.manifest, query_tau=0.4)
+    assert query_options({"tau": 0.35}, manifest).view == "mean"
+    assert query_options({"tau": 0.4}, manifest).view == "query"
+
+
+def test_a_wide_query_is_not_asked_of_rows_it_does_not_go_with(fake_encoder: Encoder) -> None:
+    manifest = fake_encoder.manifest
     with pytest.raises(UsageError, match='`query="wide"`: its values are slab means, but the rows'):
-        query_options({"tau": 0.5, "view": "gamma"}, "wide")
+        query_options({"tau": 0.5, "view": "gamma"}, manifest, "wide")
     with pytest.raises(UsageError, match=r"changed since they were encoded \(sign: split\)"):
-        query_options({"tau": 0.5, "sign": "split"}, "wide")
+        query_options({"tau": 0.5, "sign": "split"}, manifest, "wide")
     with pytest.raises(UsageError, match="`query` must be one of auto, wide, symmetric, not broad"):
-        query_options({}, "broad")  # type: ignore[arg-type]
+        query_options({}, manifest, "broad")  # type: ignore[arg-type]
 
 
 @pytest.mark.parametrize("rule", ["auto", "wide", "symmetric"])
@@ -311,7 +321,7 @@ def test_values_that_are_not_finite_are_refused_with_file_row_and_id(
     broken = {}
     for name, path, row in (("rows", rows, 30), ("queries", queries, 2)):
         stored = read_codes(path)
-        stored.codes.data[stored.codes.indptr[row]] = np.nan
+        stored.codes.data[stored.codes.indptr[row + 1] - 1] = np.nan
         broken[name] = path.with_name(f"bad-{name}.npz")
         write_codes(broken[name], stored.codes, stored.ids, stored.meta)
     with pytest.raises(InputError, match=r"bad-rows.npz: row 30 \(30.png\) holds values that are"):

@@ -568,6 +568,16 @@ def test_models_describes_what_is_served(client, vector_client, fake_encoder, pi
     assert (model["pixel_spec"], model["input_dim"]) == (None, 64)
 
 
+def test_a_model_whose_own_threshold_is_below_that_of_queries_is_described(fake_encoder):
+    low = Encoder(fake_encoder._session, dataclasses.replace(fake_encoder.manifest, tau=0.05))
+    with AppClient(low) as client:
+        (model,) = client.get("/v1/models").json()["models"]
+        assert (model["tau"], model["query_tau"]) == (0.05, 0.1)
+        assert client.post("/v1/encode", content=png(1)).status_code == 200
+        refused = client.post("/v1/encode?as=query", content=png(1))
+        assert_refused(refused, 422, "thresholds out of order")
+
+
 def test_the_root_points_to_routes_that_exist(client):
     found = client.get("/").json()
     described = client.get(found["openapi"]).json()["paths"]

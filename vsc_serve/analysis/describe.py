@@ -3,9 +3,10 @@
 from pathlib import Path
 from typing import Any, Final
 
-from vsc_serve.bundle import MANIFEST, open_bundle
+from vsc_serve.bundle import LINEAR_MAP, MANIFEST, open_bundle
 from vsc_serve.codes import CodeStatistics, is_shard_folder, part_paths, read_codes
 from vsc_serve.errors import InputError, UsageError
+from vsc_serve.options import query_tau
 from vsc_serve.schema import load_json
 from vsc_serve.untrusted import is_folder, is_plain, read_plain
 
@@ -49,9 +50,11 @@ def _describe_bundle(path: Path) -> dict[str, Any]:
         "input": takes,
         "latents": manifest.latent_dim,
         "tau": manifest.tau,
+        "query_tau": query_tau(manifest),
         "alpha": manifest.alpha,
         "active": manifest.active,
         "opset": manifest.opset,
+        "linear map": "yes" if LINEAR_MAP in manifest.files else "no",
         "bytes": sum((path / name).stat().st_size for name in manifest.files),
         "versions": ", ".join(f"{name} {version}" for name, version in manifest.versions.items()),
     }

@@ -54,10 +54,10 @@ def ask_like(index: Index, like: str) -> Asked:
         return _ask_row(index, like)
     if not path.exists():
         raise UsageError(f"--like {like}: no such file, and no row has that id")
-    options = _options(index)
     bundle = find_model(index.model)
     encoder = Encoder.open(bundle, device=index.device)
     refuse_other_model(index.rows, encoder.manifest.digest, bundle)
+    options = _options(index, encoder.manifest)
     rows = encoder.encode_rows(encoder.read([path]), options)
     return _asked(index, options, encoder.manifest, _one(rows, like))
 
@@ -69,21 +69,21 @@ def ask_many(index: Index, given: str) -> Asked:
 
     if _holds_codes(Path(given)):
         return _ask_codes(index, Path(given))
-    options = _options(index)
     bundle = find_model(index.model)
     manifest = open_bundle(bundle).manifest
     refuse_other_model(index.rows, manifest.digest, bundle)
+    options = _options(index, manifest)
     batches = stream(bundle, [given], options, device=index.device)
     return _asked(index, options, manifest, batches)
 
 
-def _options(index: Index) -> "EncodeOptions":
+def _options(index: Index, manifest: "Manifest") -> "EncodeOptions":
     """Return how queries are encoded; for a second stage what they are comes along."""
     from dataclasses import replace
 
     from vsc_serve.index.queries import query_options
 
-    options = query_options(index.rows.meta, index.rule)
+    options = query_options(index.rows.meta, manifest, index.rule)
     return replace(options, targets=index.rerank != "none")
 
 

@@ -7,6 +7,7 @@ from itertools import starmap
 from typing import Final, Literal, NamedTuple, get_args
 
 import numpy as np
+import scipy.sparse
 from numpy.typing import NDArray
 
 from vsc_serve.codes import Codes
@@ -175,11 +176,20 @@ def _score_blocks(
     """
     size = max(1, _SCORE_BLOCK // dense.shape[1])
     for start in range(0, codes.shape[0], size):
-        scores = np.asarray(codes[start : start + size].astype(np.float64) @ dense, np.float64)
+        scores = np.asarray(_rows(codes, start, start + size) @ dense, np.float64)
         if norms is not None:
             scale = norms[0][start : start + size, None] * norms[1]
             np.divide(scores, scale, out=scores, where=scale > 0)  # of an empty code it is 0
         yield scores
+
+
+def _rows(codes: Codes, start: int, stop: int) -> "scipy.sparse.csr_array[np.float64]":
+    """Return consecutive rows in float64, without a copy of their indices."""
+    bounds = codes.indptr[start : stop + 1]
+    entries = slice(bounds[0], bounds[-1])
+    data = codes.data[entries].astype(np.float64)
+    shape = (len(bounds) - 1, codes.shape[1])
+    return scipy.sparse.csr_array((data, codes.indices[entries], bounds - bounds[0]), shape=shape)
 
 
 def _none(query_count: int, top: int) -> Nearest:
@@ -238,9 +248,9 @@ def _on_all_processors(work: Callable[[int], Nearest], starts: Sequence[int]) ->
 
 def _norms(codes: Codes, name: str) -> NDArray[np.float64]:
     """Return the norm of each row. Raises InputError for values that are not finite."""
-    entries = codes.astype(np.float64)
-    np.square(entries.data, out=entries.data)
-    squares = np.asarray(entries @ np.ones(codes.shape[1]), np.float64)
+    rows = _rows(codes, 0, codes.shape[0])
+    np.square(rows.data, out=rows.data)
+    squares = np.asarray(rows @ np.ones(codes.shape[1]), np.float64)
     bad = np.flatnonzero(~np.isfinite(squares))
     if len(bad):
         raise InputError(

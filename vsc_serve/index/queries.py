@@ -8,7 +8,8 @@ import numpy as np
 
 from vsc_serve.codes import CodeFile
 from vsc_serve.errors import InputError, UsageError
-from vsc_serve.options import EncodeOptions, check_order
+from vsc_serve.manifest import Manifest
+from vsc_serve.options import EncodeOptions, check_order, query_tau
 
 QueryRule = Literal["auto", "wide", "symmetric"]
 """`wide` keeps more latents than the rows, `symmetric` the same; `auto` chooses by the rows."""
@@ -23,14 +24,17 @@ _OF_ROWS: Final = ("view", "tau", "max_active", "values")
 """What else must be, where queries are codes of rows themselves."""
 
 
-def query_options(rows: Mapping[str, Any], rule: QueryRule = "auto") -> EncodeOptions:
+def query_options(
+    rows: Mapping[str, Any], manifest: Manifest, rule: QueryRule = "auto"
+) -> EncodeOptions:
     """Return how the queries of stored rows are encoded.
 
     By `auto`, queries are wide where that is measured to help: rows hold slab means, all of them
-    (no `max_active`), and their threshold is known and at least 0.3.
+    (no `max_active`), and their threshold is known, at least 0.3, and not below that of queries.
 
     Args:
         rows: Provenance of the rows.
+        manifest: That of the model which made them.
         rule: Which queries.
 
     Raises:
@@ -48,12 +52,13 @@ def query_options(rows: Mapping[str, Any], rule: QueryRule = "auto") -> EncodeOp
             f' {symmetric.view}. Ask with `query="symmetric"`, or encode the rows with'
             ' `view="mean"`.'
         )
-    return EncodeOptions.for_query(rows) if rule == "wide" or _is_measured(symmetric) else symmetric
+    is_wide = rule == "wide" or _is_measured(symmetric, query_tau(manifest))
+    return EncodeOptions.for_query(rows) if is_wide else symmetric
 
 
-def _is_measured(rows: EncodeOptions) -> bool:
+def _is_measured(rows: EncodeOptions, tau_q: float) -> bool:
     has_all_means = rows.view == "mean" and rows.max_active is None
-    return has_all_means and rows.tau is not None and rows.tau >= WIDE_FROM
+    return has_all_means and rows.tau is not None and rows.tau >= max(WIDE_FROM, tau_q)
 
 
 def check_rows(path: Path, rows: CodeFile) -> None:

@@ -204,7 +204,7 @@ def check_depth(candidates: Candidates, codes: Codes, top: int) -> None:
 def _scores(
     codes: Codes, norms: NDArray[np.float64], u: NDArray[np.float64], c: np.float64
 ) -> NDArray[np.float64]:
-    return _ratio(np.asarray(codes.astype(np.float64) @ u).reshape(-1) + c, norms)
+    return _ratio(np.asarray(codes @ u).reshape(-1) + c, norms)
 
 
 def _ratio(products: NDArray[np.float64], lengths: NDArray[np.float64]) -> NDArray[np.float64]:

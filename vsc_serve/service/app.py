@@ -19,7 +19,7 @@ from vsc_serve import __version__
 from vsc_serve.bundle import Manifest
 from vsc_serve.encoder import Encoder
 from vsc_serve.errors import InputError, UsageError
-from vsc_serve.options import EncodeOptions, View
+from vsc_serve.options import EncodeOptions, View, query_tau
 from vsc_serve.service.answers import encode_batch, form_for, nothing_usable, refusal
 from vsc_serve.service.reading import read_batch
 from vsc_serve.service.schemas import ENCODE_REQUEST, ENCODE_RESPONSES
@@ -153,7 +153,7 @@ async def models(request: Request) -> dict[str, list[dict[str, Any]]]:
         "modality": manifest.modality,
         "latent_dim": manifest.latent_dim,
         "tau": manifest.tau,
-        "query_tau": EncodeOptions(view="query").thresholds(manifest).tau,
+        "query_tau": query_tau(manifest),
         "pixel_spec": spec.to_json() if spec else None,
         "input_dim": manifest.input_dim,
         "engine": encoder.engine,
