@@ -19,7 +19,7 @@ from pathlib import Path
 from benchmarks.quality.data import read_sources
 from benchmarks.quality.metrics import Result, fit_and_measure
 from benchmarks.quality.runs import BUILTIN, MODELS, Run, claim_runs, comparison_runs, recipe_digest
-from benchmarks.quality.tables import claim_table, comparison_table, front_table
+from benchmarks.quality.tables import claim_table, comparison_table, trade_off_table
 from vsc_serve.errors import UsageError, VscError
 
 
@@ -88,7 +88,7 @@ def _print_tables(results: Sequence[Result], *, is_claim: bool) -> None:
         return
     print(comparison_table(results))
     print("\nThe trade-off: one VSC over tau, one TopK for each k.\n")
-    print(front_table(results))
+    print(trade_off_table(results))
 
 
 def _models(text: str) -> list[str]:

@@ -39,7 +39,7 @@ FACTORS: Final = (
     Column("dci_informativeness", "DCI informativeness", 3),
     Column("correlation", "correlation", 3),
 )
-FRONT: Final = (
+TRADE_OFF: Final = (
     Column("search_cost", "search cost", 2),
     Column("bytes", "bytes", 0),
     Column("active", "active", 1),
@@ -63,13 +63,13 @@ def comparison_table(results: Sequence[Result]) -> str:
     return _table(rows, "model", COMPARISON + FACTORS, lambda result: str(result["model"]))
 
 
-def front_table(results: Sequence[Result]) -> str:
+def trade_off_table(results: Sequence[Result]) -> str:
     """Return VSC over tau beside TopK over k, by rising search cost."""
     rows = [result for result in results if result["model"].partition("-")[0] in ("vsc", "topk")]
     rows = [result for result in rows if result["model"] != "vsc-paper"]
     costs = _grouped(rows, _view_name)
     rows.sort(key=lambda result: fmean(_values(costs[_view_name(result)], "search_cost")))
-    return _table(rows, "model", FRONT, _view_name)
+    return _table(rows, "model", TRADE_OFF, _view_name)
 
 
 def claim_table(results: Sequence[Result]) -> str:

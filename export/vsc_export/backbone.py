@@ -46,7 +46,7 @@ from vsc_serve.errors import ExportError, UsageError
 from vsc_training.backbone import Backbone, BackboneSpec
 from vsc_training.checkpoint import Checkpoint, load_checkpoint, load_images
 from vsc_training.model import VSC, DataSpec
-from vsc_training.onnx_graph import at_opset, is_half, opset_of, read_graph
+from vsc_training.onnx_graph import at_opset, is_fp16, opset_of, read_graph
 
 
 def export_with_backbone(
@@ -117,7 +117,7 @@ def _join(
     """Write the bundle that takes images from the one that takes vectors."""
     manifest, spec, model = vectors.manifest, backbone.spec, checkpoint.build_model()
     inputs = image_inputs(kept_images(checkpoint, run), spec.pixel_spec, np.random.default_rng(0))
-    precision: Precision = "fp16" if is_half(graph) else "float32"
+    precision: Precision = "fp16" if is_fp16(graph) else "float32"
     facts = _facts(model, spec, replace(manifest, precision=precision))
     data = DataSpec(pixel_spec=spec.pixel_spec)
     with atomic_folder(out, BUNDLE_FOLDER) as folder:

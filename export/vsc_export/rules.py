@@ -80,11 +80,11 @@ def rule_behind(precision: Precision, *, has_examples: bool) -> Rule:
         precision: fp16 where the backbone computes in float16.
         has_examples: Whether real images are compared, and not noise alone.
     """
-    is_half = precision == "fp16"
+    is_fp16 = precision == "fp16"
     return Rule(
         name="backbone",
-        tolerance=HALF if is_half else FLOAT32,
+        tolerance=HALF if is_fp16 else FLOAT32,
         is_exact=True,
         same_bytes=False,
-        gate=GATES["fp16"] if is_half and has_examples else None,
+        gate=GATES["fp16"] if is_fp16 and has_examples else None,
     )

@@ -263,22 +263,22 @@ def test_a_moved_row_boundary_is_not_written(
 
 
 @pytest.fixture(scope="module")
-def half_file(tmp_path_factory: pytest.TempPathFactory, conv_backbone: MakeBackbone) -> Path:
+def fp16_file(tmp_path_factory: pytest.TempPathFactory, conv_backbone: MakeBackbone) -> Path:
     """A backbone of float16 layers, float16 in and out."""
     return conv_backbone(tmp_path_factory.mktemp("half") / "h.onnx", kind="FLOAT16", fp16=True)
 
 
 @pytest.fixture(scope="module")
-def half_run(tmp_path_factory: pytest.TempPathFactory, grey_folder: Path, half_file: Path) -> Path:
-    return fit_behind(tmp_path_factory.mktemp("runs") / "half", grey_folder, half_file)
+def fp16_run(tmp_path_factory: pytest.TempPathFactory, grey_folder: Path, fp16_file: Path) -> Path:
+    return fit_behind(tmp_path_factory.mktemp("runs") / "half", grey_folder, fp16_file)
 
 
 @pytest.mark.slow
 def test_a_backbone_of_float16_is_held_to_the_gate_of_fp16_and_to_a_stated_tolerance(
-    half_run: Path, half_file: Path, grey_folder: Path, tmp_path: Path
+    fp16_run: Path, fp16_file: Path, grey_folder: Path, tmp_path: Path
 ) -> None:
     out = tmp_path / "out"
-    done = export_with_backbone(half_run, out, half_file, ExportOptions(allow_collapsed=True))
+    done = export_with_backbone(fp16_run, out, fp16_file, ExportOptions(allow_collapsed=True))
     assert done.end_to_end is not None
     # More than two programs in float32 may differ: the last rounding to float16 is left out.
     assert 1e-4 < done.end_to_end.max_value_error < 1e-2
@@ -293,19 +293,19 @@ def test_a_backbone_of_float16_is_held_to_the_gate_of_fp16_and_to_a_stated_toler
     assert open_bundle(out).manifest.precision == "fp16"
     assert "fp16 in the backbone; the model is float32" in (out / "README.md").read_text()
     assert Encoder.open(out, device="cpu").encode(sorted(grey_folder.rglob("*.png"))[:5]).nnz > 5
-    parity = verify_bundle(out, half_run, grey_folder, row_count=60, backbone=half_file)
+    parity = verify_bundle(out, fp16_run, grey_folder, row_count=60, backbone=fp16_file)
     assert parity.failures == []
     assert parity.rule.tolerance.value == 1e-2
 
 
 @pytest.mark.slow
 def test_a_backbone_of_float16_that_is_fed_otherwise_than_in_training_is_not_written(
-    half_run: Path, half_file: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    fp16_run: Path, fp16_file: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(backbone_graph, "_scaling", forgetting_the_offset(backbone_graph._scaling))
     with pytest.raises(ExportError, match=r"spikes flipped outside the guard band of 0\.02"):
         export_with_backbone(
-            half_run, tmp_path / "out", half_file, ExportOptions(allow_collapsed=True)
+            fp16_run, tmp_path / "out", fp16_file, ExportOptions(allow_collapsed=True)
         )
     assert list(tmp_path.iterdir()) == []
 

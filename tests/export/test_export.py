@@ -254,7 +254,7 @@ def test_a_truncated_weights_file_is_refused_with_its_name(
         Encoder.open(copy, device="cpu")
 
 
-def test_the_model_card_states_the_measured_figures(tiny_bundle: Path, tiny_run: Path) -> None:
+def test_the_model_card_states_the_measured_metrics(tiny_bundle: Path, tiny_run: Path) -> None:
     card = (tiny_bundle / write.CARD).read_text()
     metrics = load_checkpoint(tiny_run).state.metrics
     assert f"{metrics['active']:.1f} per example" in card

@@ -45,7 +45,9 @@ def test_a_goal_that_is_not_an_active_count_is_refused(text: str) -> None:
         parse_goal(text)
 
 
-def test_the_front_is_measured_on_the_exported_graphs(tiny_run: Path, tiny_bundle: Path) -> None:
+def test_the_trade_off_is_measured_on_the_exported_graphs(
+    tiny_run: Path, tiny_bundle: Path
+) -> None:
     model, rows = load_checkpoint(tiny_run).build_model(), load_samples(tiny_run)
     labels = np.array(["a", "b"] * (len(rows) // 2))
     encoder, decoder = (
@@ -84,7 +86,7 @@ def test_an_export_for_an_active_count_is_calibrated_on_the_data_it_is_given(
     assert "| kNN |" in card, "class folders are labels"
 
 
-def test_the_card_shows_the_front(tiny_bundle: Path) -> None:
+def test_the_card_shows_the_trade_off(tiny_bundle: Path) -> None:
     card = (tiny_bundle / "README.md").read_text()
     assert "| tau | active | search cost | neighbour recall@10 | squared error |\n" in card
     for tau in ("| 0.05 |", "| **0.5** |", "| 0.9 |"):

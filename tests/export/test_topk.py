@@ -1,4 +1,4 @@
-"""The encoder with fixed places: what fits is there, what does not is counted."""
+"""The encoder with fixed capacity: what fits is there, what does not is counted."""
 
 from pathlib import Path
 from typing import Any
@@ -34,8 +34,8 @@ def identity_encoder() -> onnx.ModelProto:
     return helper.make_model(graph, opset_imports=[helper.make_opsetid("", 20)], ir_version=10)
 
 
-def select(dense: NDArray[np.float32], places: int) -> dict[str, NDArray[Any]]:
-    graph = topk_graph(identity_encoder(), LATENTS, places)
+def select(dense: NDArray[np.float32], capacity: int) -> dict[str, NDArray[Any]]:
+    graph = topk_graph(identity_encoder(), LATENTS, capacity)
     onnx.checker.check_model(graph, full_check=True)
     session = onnxruntime.InferenceSession(graph.SerializeToString())
     return dict(zip(TOPK_OUTPUTS, session.run(None, {"vector": dense}), strict=True))
@@ -50,7 +50,7 @@ def sparse_rows(count: int, share: float) -> NDArray[np.float32]:
 def test_entries_that_fit_are_all_there_in_rising_order_and_then_padding() -> None:
     dense = np.zeros((2, LATENTS), np.float32)
     dense[0, [2, 5, 11]] = [1.5, -3.0, 0.25]
-    found = select(dense, places=4)
+    found = select(dense, capacity=4)
     np.testing.assert_array_equal(found["indices"], [[2, 5, 11, -1], [-1] * 4])
     np.testing.assert_array_equal(found["values"], [[1.5, -3.0, 0.25, 0.0], [0.0] * 4])
     np.testing.assert_array_equal(found["count"], [[3], [0]])
@@ -60,29 +60,31 @@ def test_entries_that_fit_are_all_there_in_rising_order_and_then_padding() -> No
 def test_of_too_many_the_largest_magnitudes_are_kept_and_the_others_counted() -> None:
     dense = np.zeros((1, LATENTS), np.float32)
     dense[0, [1, 4, 7, 9]] = [0.5, -2.0, 1.0, -1.0]
-    found = select(dense, places=2)
+    found = select(dense, capacity=2)
     np.testing.assert_array_equal(found["indices"], [[4, 7]])  # of the equals 7 and 9 the lower
     np.testing.assert_array_equal(found["values"], [[-2.0, 1.0]])
     np.testing.assert_array_equal(found["count"], [[4]])
     np.testing.assert_array_equal(found["overflow"], [[2]])
 
 
-@pytest.mark.parametrize("places", [1, 5, LATENTS])
+@pytest.mark.parametrize("capacity", [1, 5, LATENTS])
 @pytest.mark.parametrize("share", [0.0, 0.3, 1.0])
 @pytest.mark.parametrize("count", [0, 1, 33])
-def test_the_graph_does_what_the_rule_in_numpy_says(count: int, share: float, places: int) -> None:
+def test_the_graph_does_what_the_rule_in_numpy_says(
+    count: int, share: float, capacity: int
+) -> None:
     dense = sparse_rows(count, share)
-    expected, found = keep_largest(dense, places), select(dense, places)
+    expected, found = keep_largest(dense, capacity), select(dense, capacity)
     for name in TOPK_OUTPUTS:
         assert found[name].dtype == expected[name].dtype
-        assert found[name].shape == (count, places if name in ("indices", "values") else 1)
+        assert found[name].shape == (count, capacity if name in ("indices", "values") else 1)
         np.testing.assert_array_equal(found[name], expected[name])
 
 
-@pytest.mark.parametrize("places", [0, LATENTS + 1])
-def test_more_places_than_latents_are_refused(places: int) -> None:
-    with pytest.raises(UsageError, match=f"`top_k` must be from 1 to 16 .* not {places}"):
-        topk_graph(identity_encoder(), LATENTS, places)
+@pytest.mark.parametrize("capacity", [0, LATENTS + 1])
+def test_more_slots_than_latents_are_refused(capacity: int) -> None:
+    with pytest.raises(UsageError, match=f"`top_k` must be from 1 to 16 .* not {capacity}"):
+        topk_graph(identity_encoder(), LATENTS, capacity)
 
 
 PLACES = 3
@@ -104,7 +106,7 @@ def topk_bundle(tmp_path_factory: pytest.TempPathFactory, tiny_run: Path) -> Pat
     return out
 
 
-def test_a_bundle_with_places_gives_the_codes_of_the_dense_graph(
+def test_a_bundle_with_fixed_capacity_gives_the_codes_of_the_dense_graph(
     topk_bundle: Path, pixels: NDArray[np.uint8]
 ) -> None:
     manifest = open_bundle(topk_bundle).manifest
@@ -121,7 +123,7 @@ def test_a_bundle_with_places_gives_the_codes_of_the_dense_graph(
         assert found[name].tobytes() == expected.tobytes()
 
 
-def test_the_places_follow_another_tau(topk_bundle: Path, pixels: NDArray[np.uint8]) -> None:
+def test_the_slots_follow_another_tau(topk_bundle: Path, pixels: NDArray[np.uint8]) -> None:
     session = onnxruntime.InferenceSession(topk_bundle / ENCODER_TOPK)
     feeds = {"image": pixels, "tau_logit": np.array(-3.0, np.float32)}
     few, many = (session.run(["count"], one)[0].sum() for one in ({"image": pixels}, feeds))
@@ -142,8 +144,8 @@ def test_the_triton_repository_gets_a_model_for_it(topk_bundle: Path, tmp_path: 
 def test_a_graph_that_keeps_other_entries_is_not_written(
     tiny_run: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    def keep_first(dense: NDArray[np.float32], places: int) -> dict[str, NDArray[Any]]:
-        return keep_largest(np.where(np.arange(LATENTS) < 8, dense, np.float32(0.0)), places)
+    def keep_first(dense: NDArray[np.float32], capacity: int) -> dict[str, NDArray[Any]]:
+        return keep_largest(np.where(np.arange(LATENTS) < 8, dense, np.float32(0.0)), capacity)
 
     monkeypatch.setattr(topk, "keep_largest", keep_first)
     with pytest.raises(ExportError, match=r"encoder_topk.onnx: indices is not what encoder.onnx"):

@@ -73,7 +73,7 @@ def test_hidden_names_are_matched_when_the_pattern_says_so(here):
     assert ids(".h/*.jpg") == [".h/c.jpg"]
 
 
-def test_a_pattern_that_names_an_ending_takes_any_and_one_that_does_not_takes_images(here):
+def test_a_pattern_that_names_an_extension_takes_any_and_one_that_does_not_takes_images(here):
     fill(here, "a.dat", "b.jpg")
     assert ids("*") == ["b.jpg"]
     assert ids("*.dat") == ["a.dat"]

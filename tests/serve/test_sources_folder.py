@@ -177,7 +177,7 @@ def test_a_folder_that_is_named_like_an_image_is_a_folder(tmp_path):
     assert ids(tmp_path) == ["trip.jpg/a.png"]
 
 
-def test_a_file_named_on_its_own_keeps_its_path_and_needs_no_ending(tmp_path, monkeypatch):
+def test_a_file_named_on_its_own_keeps_its_path_and_needs_no_extension(tmp_path, monkeypatch):
     monkeypatch.chdir(fill(tmp_path, "some/image"))
     (source,) = find_sources(["some/image"])
     assert source.id == "some/image"

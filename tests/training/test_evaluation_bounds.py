@@ -109,7 +109,7 @@ def test_one_sample_makes_both_bounds_the_same() -> None:
     np.testing.assert_allclose(found.iwae, found.elbo)
 
 
-def test_the_same_noise_gives_the_same_figures_and_leaves_the_model_alone() -> None:
+def test_the_same_noise_gives_the_same_metrics_and_leaves_the_model_alone() -> None:
     model, row = toy("image")
     before = {name: value.clone() for name, value in model.state_dict().items()}
     rows = row.expand(7, 2, 2, 1)

@@ -62,7 +62,7 @@ def vector_run(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, Path]:
     return folder / "run", folder / "vectors.npz"
 
 
-def test_the_figures_belong_together(whole: Evaluation) -> None:
+def test_the_metrics_belong_together(whole: Evaluation) -> None:
     assert whole.health.images == whole.codes.images == whole.bound.images == 200
     assert whole.bound.elbo_mixture <= whole.bound.iwae
     assert whole.health.elbo <= whole.bound.elbo_mixture + 3.0  # another draw of the noise
@@ -79,7 +79,7 @@ def test_the_figures_belong_together(whole: Evaluation) -> None:
     assert whole.overlaps.same > whole.overlaps.other
 
 
-def test_the_curve_goes_through_the_figures_at_one_half(whole: Evaluation) -> None:
+def test_the_curve_goes_through_the_metrics_at_one_half(whole: Evaluation) -> None:
     assert [point.tau for point in whole.curve] == list(TAUS)
     middle = whole.curve[1]
     assert whole.neighbours is not None
@@ -92,7 +92,7 @@ def test_the_curve_goes_through_the_figures_at_one_half(whole: Evaluation) -> No
 
 
 @torch.no_grad()
-def test_the_figures_are_those_of_the_model_on_all_rows_at_once(
+def test_the_metrics_are_those_of_the_model_on_all_rows_at_once(
     whole: Evaluation, tiny_run: Path, grey_folder: Path
 ) -> None:
     model = load_checkpoint(tiny_run).build_model()
@@ -115,7 +115,7 @@ def test_the_figures_are_those_of_the_model_on_all_rows_at_once(
         assert point.knn == pytest.approx(accuracy)
 
 
-def test_the_same_seed_gives_the_same_figures_and_another_seed_other_noise(
+def test_the_same_seed_gives_the_same_metrics_and_another_seed_other_noise(
     whole: Evaluation, tiny_run: Path, grey_folder: Path
 ) -> None:
     assert evaluate(tiny_run, grey_folder) == whole

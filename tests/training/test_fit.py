@@ -108,7 +108,7 @@ def test_a_resume_with_another_recipe_or_other_data_is_refused(
         fit(recipe, shifted, tiny_run, device=CPU, resume=True)
 
 
-def test_a_collapsed_model_ends_the_run_with_figure_and_remedy(
+def test_a_collapsed_model_ends_the_run_with_metric_and_remedy(
     grey_folder: Path, tmp_path: Path
 ) -> None:
     recipe = small_recipe("on_collapse=stop", "alpha=0.001", "sparsity_weight=1000", "steps=200")

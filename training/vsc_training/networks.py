@@ -95,8 +95,8 @@ class _PartlyGivenLinear(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, given: Tensor, learned: Tensor, weight: Tensor, bias: Tensor) -> Tensor:
         device = weight.device.type
-        is_half = torch.is_autocast_enabled(device)
-        dtype = torch.get_autocast_dtype(device) if is_half else weight.dtype
+        is_autocast = torch.is_autocast_enabled(device)
+        dtype = torch.get_autocast_dtype(device) if is_autocast else weight.dtype
         rows, weight = torch.cat([given.to(dtype), learned.to(dtype)]), weight.to(dtype)
         ctx.given_count, ctx.types = len(given), (learned.dtype, bias.dtype)
         ctx.save_for_backward(rows, weight)

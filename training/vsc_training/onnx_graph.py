@@ -102,7 +102,7 @@ def at_opset(graph: onnx.ModelProto, opset: int) -> onnx.ModelProto:
         ) from error
 
 
-def is_half(graph: onnx.ModelProto) -> bool:
+def is_fp16(graph: onnx.ModelProto) -> bool:
     """Tell whether a graph computes in float16 or bfloat16 anywhere."""
     types = {
         value.type.tensor_type.elem_type for value in (*graph.graph.input, *graph.graph.output)

@@ -17,6 +17,7 @@ from vsc_serve.errors import InputError, SourceUnavailable, UsageError, VscError
 from vsc_serve.sources.base import MAX_BYTES, Source, UnreadableSource, read_file
 from vsc_serve.sources.files import PlaceFile
 from vsc_serve.sources.names import Choice, Naming
+from vsc_serve.sources.open_files import drop, keep_open
 from vsc_serve.sources.parquet_columns import (
     Cell,
     ImageColumn,
@@ -25,7 +26,6 @@ from vsc_serve.sources.parquet_columns import (
     read_cell,
     read_ids,
 )
-from vsc_serve.sources.places import drop, keep_open
 from vsc_serve.sources.retry import RETRY, RetryPolicy
 from vsc_serve.sources.roots import Root, find_root
 from vsc_serve.sources.stores import fetch, is_url

@@ -18,7 +18,7 @@ from vsc_serve.sources.compression import DAMAGE, HEAD_BYTES, Unpacked, compress
 from vsc_serve.sources.files import PlaceFile
 from vsc_serve.sources.members import is_wanted
 from vsc_serve.sources.names import Choice, Naming
-from vsc_serve.sources.places import drop, keep_open
+from vsc_serve.sources.open_files import drop, keep_open
 from vsc_serve.sources.retry import RETRY, RetryPolicy
 
 _ERRORS: Final = (tarfile.TarError, struct.error, LookupError, OverflowError, *DAMAGE)

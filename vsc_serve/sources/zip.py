@@ -12,7 +12,7 @@ from vsc_serve.sources.base import Source, UnreadableSource, check_size
 from vsc_serve.sources.files import PlaceFile
 from vsc_serve.sources.members import is_wanted
 from vsc_serve.sources.names import Choice, Naming
-from vsc_serve.sources.places import drop, keep_open
+from vsc_serve.sources.open_files import drop, keep_open
 from vsc_serve.sources.retry import RETRY, RetryPolicy
 from vsc_serve.sources.zip_directory import Member, read_directory
 
