@@ -112,9 +112,9 @@ def test_every_encoder_and_decoder_trains(data: DataSpec, encoder: str, decoder:
 
 @pytest.mark.parametrize("encoder", ["mlp", "linear", "skip"])
 def test_one_pass_for_examples_and_prior_has_the_values_and_gradients_of_two(encoder: str) -> None:
-    model = model_of(VECTORS, f"encoder={encoder}", "layers=2").double()
+    model = model_of(VECTORS, f"encoder={encoder}", "layers=2")
     model.pseudo_logits.data.normal_()
-    rows = torch.randn(5, 6, dtype=torch.float64)
+    rows = torch.randn(5, 6)
     fitted = [model.pseudo_logits, *model.encoder.parameters(), *model.spike_head.parameters()]
 
     def squares(parts: tuple[Any, Any]) -> torch.Tensor:

@@ -73,10 +73,10 @@ class VSC(nn.Module):
         self.is_gaussian = recipe.likelihood == "gaussian" or (
             recipe.likelihood == "auto" and data.modality == "vector"
         )
-        shape = data.shape
+        shape, decoder_kind = data.shape, choose_decoder(recipe, data)
         if self.network == "mlp":
             into = 0 if self.encoder_kind == "linear" else recipe.layers
-            out_of = 0 if choose_decoder(recipe, data) == "linear" else recipe.layers
+            out_of = 0 if decoder_kind == "linear" else recipe.layers
             self.encoder = mlp_encoder(shape, recipe.hidden, into)
             self.decoder = mlp_decoder(recipe.latent_dim, recipe.hidden, out_of, shape)
         else:
