@@ -21,6 +21,7 @@ from torch import Tensor, nn
 from vsc_serve.codes import threshold_logit
 from vsc_serve.errors import ExportError
 from vsc_training.model import LOGVAR_RANGE, SPIKE_LOGIT_LIMIT, VSC, DataSpec
+from vsc_training.networks import head_input
 from vsc_training.onnx_graph import find_fault
 
 TAU_INPUT: Final = "tau_logit"
@@ -66,10 +67,11 @@ class EncoderGraph(nn.Module):
         else:
             scaled = (rows.to(exact_type) - model.center) / model.scale
         hidden = self.body(scaled.to(self.body_type))
-        spike_logit = model.spike_head(hidden.to(exact_type))
+        seen = head_input(hidden, scaled, model.encoder_kind)
+        spike_logit = model.spike_head(seen.to(exact_type))
         spike_logit = spike_logit.clamp(-SPIKE_LOGIT_LIMIT, SPIKE_LOGIT_LIMIT)
-        mu = self.mu_head(hidden).to(exact_type)
-        logvar = self.logvar_head(hidden).to(exact_type).clamp(*LOGVAR_RANGE)
+        mu = self.mu_head(seen.to(self.body_type)).to(exact_type)
+        logvar = self.logvar_head(seen.to(self.body_type)).to(exact_type).clamp(*LOGVAR_RANGE)
         # A product with the mask would give -0.0 and NaN; torch.zeros_like would leave shape nodes.
         code = torch.where(spike_logit > tau_logit, mu, 0.0)
         return code, spike_logit, mu, logvar

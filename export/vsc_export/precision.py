@@ -76,7 +76,23 @@ def _quantised(encoder: onnx.ModelProto, model: VSC, rows: NDArray[Any]) -> onnx
             " Export with `precision=fp16` or float32."
         ) from error
     proto.graph.input.extend(inputs)
+    _join_in_float32(proto.graph)
     return check_graph(strip_provenance(proto))
+
+
+def _join_in_float32(graph: onnx.GraphProto) -> None:
+    """Let what a skip encoder puts side by side be what it was before it was quantised.
+
+    The quantiser gives a tensor that one of its nodes takes to all nodes in its quantised form; the
+    spike head must see the input in float32.
+    """
+    makers = {output: node for node in graph.node for output in node.output}
+    for node in graph.node:
+        if node.op_type == "Concat":
+            for place, name in enumerate(node.input):
+                maker = makers.get(name)
+                if maker is not None and maker.op_type == "DequantizeLinear":
+                    node.input[place] = makers[maker.input[0]].input[0]
 
 
 def _quantise(encoder: onnx.ModelProto, path: Path, calibration: "_Calibration") -> None:

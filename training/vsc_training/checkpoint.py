@@ -15,7 +15,8 @@ anything.
 
 import json
 import zipfile
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any, Final
@@ -48,6 +49,8 @@ SAMPLE_COUNT: Final = 512
 """Examples kept for the export's comparison."""
 
 _OLD_METRICS: Final = "figures"
+_OLD_RECIPE: Final = {"encoder": "mlp", "decoder": "mlp"}
+"""Fields of the recipe that runs of an earlier release lack, and what they were."""
 _OLD_SAMPLES: Final = {"images": "pictures"}
 """Keys of the metrics, and of arrays in `samples.npz`, in runs of an earlier release."""
 
@@ -148,23 +151,38 @@ def load_checkpoint(run: Path) -> Checkpoint:
         UsageError: There is none.
         InputError: It is damaged or of a newer format.
     """
-    path = run / CHECKPOINT
-    if not path.is_file():
-        raise UsageError(f"{run}: no {CHECKPOINT} there. Train first: vsc train DATA --out {run}")
-    try:
-        with safe_open(path, framework="pt") as stored:
-            metadata = stored.metadata() or {}
-            names = list(stored.keys())
-            tensors = {name: stored.get_tensor(name) for name in names}
-        state = _state_from_json(load_json(metadata["vsc_state"]), path)
-    except (SafetensorError, OSError, KeyError, ValueError) as error:
-        raise InputError(f"{path}: damaged ({error}). Train again or restore a copy.") from error
+    with _opened(run) as stored:
+        tensors = {name: stored.get_tensor(name) for name in list(stored.keys())}
+        state = _read_state(stored, run)
     return Checkpoint(
         state,
         _stripped(_WEIGHTS, tensors),
         _stripped(_OPTIMIZER, tensors),
         _stripped(_RANDOM, tensors),
     )
+
+
+def load_state(run: Path) -> RunState:
+    """Read what is not tensors of a run's checkpoint. Raises as `load_checkpoint` does."""
+    with _opened(run) as stored:
+        return _read_state(stored, run)
+
+
+@contextmanager
+def _opened(run: Path) -> Iterator[Any]:
+    path = run / CHECKPOINT
+    if not path.is_file():
+        raise UsageError(f"{run}: no {CHECKPOINT} there. Train first: vsc train DATA --out {run}")
+    try:
+        with safe_open(path, framework="pt") as stored:
+            yield stored
+    except (SafetensorError, OSError, KeyError, ValueError) as error:
+        raise InputError(f"{path}: damaged ({error}). Train again or restore a copy.") from error
+
+
+def _read_state(stored: Any, run: Path) -> RunState:
+    metadata = stored.metadata() or {}
+    return _state_from_json(load_json(metadata["vsc_state"]), run / CHECKPOINT)
 
 
 def start_run(
@@ -309,6 +327,8 @@ def _state_from_json(stored: Any, path: Path) -> RunState:
         )
     if "metrics" not in stored and _OLD_METRICS in stored:
         stored = {**stored, "metrics": stored[_OLD_METRICS]}
+    if isinstance(recipe := stored.get("recipe"), dict):
+        stored = {**stored, "recipe": _OLD_RECIPE | recipe}
     found = conform_fields(stored, _StoredState, ignore=True)
     backbone = BackboneSpec.from_json(found.backbone) if found.backbone else None
     spec = found.pixel_spec and conform_fields(

@@ -62,10 +62,9 @@ def train(
     from vsc_training.config import load_recipe
     from vsc_training.distributed import joined_group
     from vsc_training.fit import fit
+    from vsc_training.resolve import resolve
 
-    resolved = load_recipe(
-        recipe or _own_recipe(out, resume=resume), overrides or [], active=active
-    )
+    asked = load_recipe(recipe or _own_recipe(out, resume=resume), overrides or [], active=active)
     with joined_group(_device(device, threads)) as (group, own_device):
         talk = say if group.is_first else _keep_quiet
         if group.is_first:
@@ -75,6 +74,7 @@ def train(
             examples = _load(data, size, talk)
         else:
             examples = _embed(data, size, backbone, threads, talk)
+        resolved = resolve(asked, examples.spec, out if resume else None)
         _say_model(resolved, examples, own_device, group.size, talk)
         with progress("train", resolved.steps, "steps") as shown:
             health = fit(
@@ -214,11 +214,14 @@ def _say_model(
     from vsc_training.model import choose_network
 
     network = choose_network(recipe, examples.spec)
+    ends = {"encoder": recipe.encoder, "decoder": recipe.decoder}
+    others = "".join(f", {kind} {end}" for end, kind in ends.items() if kind != "mlp")
     products = "bfloat16 products" if uses_bfloat16(recipe, device) else "float32"
     processes = f" in {process_count} processes" if process_count > 1 else ""
     talk(
         "model",
-        f"VSC {network}, J={recipe.latent_dim}, alpha={recipe.alpha:g}, U={recipe.pseudo_inputs}",
+        f"VSC {network}{others}, J={recipe.latent_dim}, alpha={recipe.alpha:g},"
+        f" U={recipe.pseudo_inputs}",
     )
     talk(
         "fit",

@@ -16,6 +16,10 @@ from typing import Any, Final, Literal, get_args, get_type_hints
 from vsc_serve.errors import UsageError
 
 Network = Literal["auto", "mlp", "conv"]
+Encoder = Literal["auto", "mlp", "linear", "skip"]
+Decoder = Literal["auto", "mlp", "linear"]
+EncoderKind = Literal["mlp", "linear", "skip"]
+DecoderKind = Literal["mlp", "linear"]
 Likelihood = Literal["auto", "bernoulli", "gaussian"]
 SpikeEstimator = Literal["straight_through", "relaxed", "hard_concrete"]
 Classifier = Literal["softmax", "sigmoid"]
@@ -50,6 +54,10 @@ class Recipe:
 
     network: Network = "auto"
     """Layers of encoder and decoder. `auto`: mlp for vectors and small grey images, else conv."""
+    encoder: Encoder = "auto"
+    """What the heads see: `mlp` hidden units, `linear` the input, `skip` both; see `resolve`."""
+    decoder: Decoder = "auto"
+    """`mlp`: through hidden layers; `linear`: one matrix from latents to data; see `resolve`."""
     hidden: int = 400
     """Units of each hidden layer (mlp), or of the layer between convolutions and code (conv)."""
     layers: int = 1

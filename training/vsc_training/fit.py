@@ -21,6 +21,7 @@ from vsc_training.data import Examples
 from vsc_training.distributed import Group, wait_for_all
 from vsc_training.finite import NotFinite
 from vsc_training.metrics import Health, find_collapse, find_dead, find_overfit
+from vsc_training.resolve import resolve
 from vsc_training.resume import Changes, check_resume
 from vsc_training.runlog import RunLog
 from vsc_training.step import Terms
@@ -58,8 +59,8 @@ def fit(
     and no other training writes into the folder meanwhile.
 
     Args:
-        recipe: Every choice of the run; with `resume`, what may differ from the run's own is said
-            in `resume`.
+        recipe: Every choice of the run; `auto` is resolved (see `resolve`). With `resume`, what
+            may differ from the run's own is said in `resume`.
         examples: The data; with `resume` it must be the same data.
         run: Folder for checkpoint and logs.
         device: Where to compute.
@@ -80,6 +81,7 @@ def fit(
         InputError: The folder cannot be written.
     """
     run = Path(os.path.realpath(run))
+    recipe = resolve(recipe, examples.spec, run if resume else None)
     trainer = Trainer(recipe, examples, device, group, is_compiled=is_compiled)
     fingerprint = examples.fingerprint()
     with ExitStack() as held:

@@ -8,7 +8,7 @@ import torch
 
 from vsc_serve.errors import UsageError
 from vsc_training.config import Recipe
-from vsc_training.model import VSC, DataSpec
+from vsc_training.model import VSC, DataSpec, choose_decoder, choose_encoder
 
 _BYTES_PER_PARAMETER: Final = 16
 """Weight, gradient and Adam's two moments in float32."""
@@ -51,10 +51,18 @@ def require_memory_for(byte_count: int, what: str, advice: str) -> None:
 def model_bytes(recipe: Recipe, data: DataSpec, device: torch.device) -> int:
     """Return the bytes that a model, its optimiser and one batch take on a device, at least."""
     rows = recipe.batch_size + recipe.pseudo_inputs
-    hidden = 2 * recipe.layers * recipe.hidden + _LATENT_TENSORS * recipe.latent_dim
-    step = 4 * (rows * hidden + _VALUE_TENSORS * recipe.batch_size * prod(data.shape))
+    units = _hidden_units(recipe, data) + _LATENT_TENSORS * recipe.latent_dim
+    step = 4 * (rows * units + _VALUE_TENSORS * recipe.batch_size * prod(data.shape))
     stored = 0 if device.type == "cuda" else _BYTES_IN_CHECKPOINT
     return (_BYTES_PER_PARAMETER + stored) * _parameter_count(recipe, data) + step
+
+
+def _hidden_units(recipe: Recipe, data: DataSpec) -> int:
+    """Return the values of a row that the layers keep for the gradient, both ways."""
+    encoder, decoder = choose_encoder(recipe, data), choose_decoder(recipe, data)
+    layers = recipe.layers * ((encoder != "linear") + (decoder != "linear"))
+    beside = 0 if encoder == "mlp" else prod(data.shape)
+    return layers * recipe.hidden + beside
 
 
 def free_bytes(device: torch.device) -> int | None:

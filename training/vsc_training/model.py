@@ -11,11 +11,13 @@ from torch import Tensor, nn
 from vsc_serve.errors import UsageError
 from vsc_serve.images import PixelSpec
 from vsc_training.backbone import BackboneSpec
-from vsc_training.config import Recipe
+from vsc_training.config import DecoderKind, EncoderKind, Recipe
 from vsc_training.networks import (
     conv_decoder,
     conv_encoder,
     encode_both,
+    head_input,
+    head_width,
     mlp_decoder,
     mlp_encoder,
 )
@@ -67,19 +69,23 @@ class VSC(nn.Module):
         self.recipe = recipe
         self.data = data
         self.network = choose_network(recipe, data)
+        self.encoder_kind = choose_encoder(recipe, data)
         self.is_gaussian = recipe.likelihood == "gaussian" or (
             recipe.likelihood == "auto" and data.modality == "vector"
         )
-        shape = data.shape
+        shape, decoder_kind = data.shape, choose_decoder(recipe, data)
         if self.network == "mlp":
-            self.encoder = mlp_encoder(shape, recipe.hidden, recipe.layers)
-            self.decoder = mlp_decoder(recipe.latent_dim, recipe.hidden, recipe.layers, shape)
+            into = 0 if self.encoder_kind == "linear" else recipe.layers
+            out_of = 0 if decoder_kind == "linear" else recipe.layers
+            self.encoder = mlp_encoder(shape, recipe.hidden, into)
+            self.decoder = mlp_decoder(recipe.latent_dim, recipe.hidden, out_of, shape)
         else:
             image_shape = (shape[0], shape[1], shape[2])
             self.encoder = conv_encoder(image_shape, recipe.width, recipe.hidden)
             self.decoder = conv_decoder(recipe.latent_dim, recipe.width, recipe.hidden, image_shape)
-        self.spike_head = nn.Linear(recipe.hidden, recipe.latent_dim)
-        self.slab_head = nn.Linear(recipe.hidden, 2 * recipe.latent_dim)
+        seen = head_width(self.encoder_kind, recipe.hidden, shape)
+        self.spike_head = nn.Linear(seen, recipe.latent_dim)
+        self.slab_head = nn.Linear(seen, 2 * recipe.latent_dim)
         self.pseudo_logits = nn.Parameter(torch.zeros(recipe.pseudo_inputs, *shape))
         self.classifier = nn.Linear(prod(shape), recipe.pseudo_inputs)
         self.likelihood_logvar = nn.Parameter(torch.zeros(shape)) if self.is_gaussian else None
@@ -108,7 +114,7 @@ class VSC(nn.Module):
     ) -> tuple[Posterior, Posterior]:
         """Return `encode(...)` and `prior()`, with one pass for both where it pays."""
         parts = self._seen(examples, input_mask), self._scaled_pseudo_inputs()
-        both = self._heads(encode_both(self.encoder, *parts))
+        both = self._heads(encode_both(self.encoder, *parts, self.encoder_kind))
         q, prior = zip(*(part.tensor_split((len(examples),)) for part in both), strict=True)
         return Posterior(*q), sharpen(Posterior(*prior), self.recipe.prior_sharpness)
 
@@ -172,15 +178,15 @@ class VSC(nn.Module):
         self.spike_head.bias.fill_(float(torch.logit(torch.tensor(share, dtype=torch.float64))))
 
     def _encode_scaled(self, scaled: Tensor) -> Posterior:
-        return self._heads(self.encoder(scaled))
+        return self._heads(head_input(self.encoder(scaled), scaled, self.encoder_kind))
 
-    def _heads(self, hidden: Tensor) -> Posterior:
-        """Return what the last layers say, shape (rows, hidden) to (rows, latents), in float32."""
-        mu, logvar = self.slab_head(hidden).float().chunk(2, dim=1)
-        with torch.autocast(hidden.device.type, enabled=False):
+    def _heads(self, seen: Tensor) -> Posterior:
+        """Return what the heads say of `head_input`, shape (rows, latents), in float32."""
+        mu, logvar = self.slab_head(seen).float().chunk(2, dim=1)
+        with torch.autocast(seen.device.type, enabled=False):
             # bfloat16 logits would flip one spike in 500 against the float32 model that is
             # exported.
-            spike_logit = self.spike_head(hidden.float())
+            spike_logit = self.spike_head(seen.float())
         # hardtanh is clamp with a cheaper gradient.
         return Posterior(
             F.hardtanh(spike_logit, -SPIKE_LOGIT_LIMIT, SPIKE_LOGIT_LIMIT),
@@ -216,3 +222,37 @@ def choose_network(recipe: Recipe, data: DataSpec) -> Literal["mlp", "conv"]:
         spec is not None and spec.channels == 1 and spec.height * spec.width <= _MLP_SIDE_LIMIT**2
     )
     return "mlp" if spec is None or is_small_grey else "conv"
+
+
+def choose_encoder(recipe: Recipe, data: DataSpec) -> EncoderKind:
+    """Return the recipe's encoder; `auto` is skip for vectors, mlp for images.
+
+    The layers of a convolutional network count as an mlp's: its heads see hidden units.
+
+    Raises:
+        UsageError: The network has convolutions, and the encoder is for an mlp.
+    """
+    if recipe.encoder != "auto":
+        _require_mlp("encoder", recipe.encoder, recipe, data)
+        return recipe.encoder
+    return "skip" if data.modality == "vector" else "mlp"
+
+
+def choose_decoder(recipe: Recipe, data: DataSpec) -> DecoderKind:
+    """Return the recipe's decoder; `auto` is linear for vectors, mlp for images.
+
+    Raises:
+        UsageError: The network has convolutions, and the decoder is for an mlp.
+    """
+    if recipe.decoder != "auto":
+        _require_mlp("decoder", recipe.decoder, recipe, data)
+        return recipe.decoder
+    return "linear" if data.modality == "vector" else "mlp"
+
+
+def _require_mlp(field: str, value: str, recipe: Recipe, data: DataSpec) -> None:
+    if value != "mlp" and choose_network(recipe, data) == "conv":
+        raise UsageError(
+            f"{field}={value} is for network=mlp, and this network has convolutions:"
+            f" use `recipe.network=mlp`, or leave {field} as it is"
+        )

@@ -1,7 +1,8 @@
 """The layers between pixels and hidden units, both ways: multilayer perceptron or convolutions.
 
 Every network takes and gives images as (images, height, width, channels); how it lays them out
-inside is its own business. The last layer of an encoder is the caller's (see `model`).
+inside is its own business. The heads, an encoder's last layers, are the caller's (see `model`);
+`head_input` gives what they see.
 """
 
 from itertools import pairwise
@@ -13,39 +14,74 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from vsc_serve.errors import UsageError
+from vsc_training.config import EncoderKind
 
 
 def mlp_encoder(shape: tuple[int, ...], hidden: int, layers: int) -> nn.Sequential:
-    """Map (images, *shape) to (images, hidden) through `layers` hidden layers."""
+    """Map (images, *shape) to (images, hidden) through `layers` hidden layers.
+
+    With none, to (images, values): what came in, flat.
+    """
     sizes = [prod(shape)] + [hidden] * layers
     return nn.Sequential(nn.Flatten(), *_relu_layers(sizes))
 
 
 def mlp_decoder(latent_dim: int, hidden: int, layers: int, shape: tuple[int, ...]) -> nn.Sequential:
-    """Map (images, latents) to (images, *shape), the mirror of `mlp_encoder`."""
+    """Map (images, latents) to (images, *shape), the mirror of `mlp_encoder`.
+
+    With no hidden layer it is linear: its weights are a dictionary, a column for each latent.
+    """
     sizes = [latent_dim] + [hidden] * layers
     return nn.Sequential(
-        *_relu_layers(sizes), nn.Linear(hidden, prod(shape)), nn.Unflatten(1, shape)
+        *_relu_layers(sizes), nn.Linear(sizes[-1], prod(shape)), nn.Unflatten(1, shape)
     )
 
 
-def encode_both(encoder: nn.Sequential, given: Tensor, learned: Tensor) -> Tensor:
-    """Return the hidden units of the examples and of the pseudo-inputs, one below the other.
+def head_input(hidden: Tensor, rows: Tensor, kind: EncoderKind) -> Tensor:
+    """Return what the heads see: hidden units (mlp), the input (linear) or both in a row (skip).
 
-    As `torch.cat([encoder(given), encoder(learned)])`, but an mlp's first and largest layer takes
+    Args:
+        hidden: What the encoder's layers gave, shape (rows, hidden).
+        rows: What they were given, shape (rows, *shape). Where the types differ, the wider one
+            is taken.
+        kind: The encoder.
+    """
+    if kind == "mlp":
+        return hidden
+    flat = rows.flatten(1)
+    return flat if kind == "linear" else torch.cat([hidden, flat], dim=1)
+
+
+def head_width(kind: EncoderKind, hidden: int, shape: tuple[int, ...]) -> int:
+    """Return the columns of `head_input`."""
+    return {"mlp": hidden, "linear": prod(shape), "skip": hidden + prod(shape)}[kind]
+
+
+def encode_both(
+    encoder: nn.Sequential, given: Tensor, learned: Tensor, kind: EncoderKind = "mlp"
+) -> Tensor:
+    """Return what the heads see of the examples and of the pseudo-inputs, one below the other.
+
+    As `head_input` of `torch.cat([given, learned])`, but an mlp's first and largest layer takes
     both in one product.
 
     Args:
         encoder: What `mlp_encoder` or `conv_encoder` made.
         given: Examples, which need no gradient, shape (images, *shape).
         learned: Pseudo-inputs, which do, shape (pseudo-inputs, *shape).
+        kind: The encoder.
     """
-    _, first, *others = encoder
-    if not isinstance(first, nn.Linear):
+    hidden = _hidden_of_both(encoder, given, learned)
+    return hidden if kind == "mlp" else head_input(hidden, torch.cat([given, learned]), kind)
+
+
+def _hidden_of_both(encoder: nn.Sequential, given: Tensor, learned: Tensor) -> Tensor:
+    _, *layers = encoder
+    if not layers or not isinstance(first := layers[0], nn.Linear):
         return torch.cat([encoder(given), encoder(learned)])
     flat = given.flatten(1), learned.flatten(1)
     hidden: Tensor = _PartlyGivenLinear.apply(*flat, first.weight, first.bias)
-    for layer in others:
+    for layer in layers[1:]:
         hidden = layer(hidden)
     return hidden
 

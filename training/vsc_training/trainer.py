@@ -24,6 +24,7 @@ from vsc_training.memory import model_bytes, require_memory
 from vsc_training.metrics import Health, measure_health
 from vsc_training.model import VSC
 from vsc_training.outliers import FAR, Bound
+from vsc_training.resolve import resolve
 from vsc_training.schedule import learning_rate
 from vsc_training.step import Objective, Terms
 
@@ -59,6 +60,7 @@ class Trainer:
             UsageError: Fewer examples than a batch; less memory than the model needs; or a compiled
                 step that cannot be had.
         """
+        recipe = resolve(recipe, examples.spec)
         self.recipe = recipe
         self.device = device
         self.group = group or Group()
