@@ -16,7 +16,8 @@ from vsc_serve.decoder import Decoder
 from vsc_serve.encoder import Encoder
 from vsc_serve.linear_map import read_linear_map
 from vsc_training.checkpoint import load_samples
-from vsc_training.model import VSC
+from vsc_training.config import load_recipe
+from vsc_training.model import VSC, DataSpec
 
 MakeModel = Callable[..., VSC]
 
@@ -55,8 +56,16 @@ def test_a_linear_decoder_of_vectors_is_the_map(random_model: MakeModel) -> None
 def test_a_decoder_with_hidden_layers_or_a_sigmoid_is_no_linear_map(
     random_model: MakeModel,
 ) -> None:
-    assert decoder_map(random_model(vectors=True)) is None
+    deep = VSC(load_recipe("sparse", ["decoder=mlp"]), DataSpec(input_dim=10))
+    assert decoder_map(deep) is None
     assert decoder_map(with_linear_decoder(random_model())) is None
+
+
+def test_the_decoder_of_vectors_that_a_recipe_chooses_by_itself_is_the_map() -> None:
+    model = VSC(load_recipe("sparse", []), DataSpec(input_dim=10))
+    found = decoder_map(model)
+    assert found is not None
+    np.testing.assert_array_equal(found.weights, model.decoder[0].weight.detach().T)
 
 
 def test_a_fitted_map_of_a_linear_decoder_is_that_decoder(random_model: MakeModel) -> None:
