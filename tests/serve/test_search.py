@@ -10,7 +10,7 @@ import numpy as np
 import pytest
 
 from vsc_serve.cli.search import search
-from vsc_serve.codes import read_codes, write_codes
+from vsc_serve.codes import CODES_FILE, read_codes, write_codes
 from vsc_serve.convert import Options, plan, write_file
 from vsc_serve.encoder import Encoder
 from vsc_serve.errors import InputError, UsageError, VscError
@@ -207,6 +207,8 @@ def test_vectors_are_encoded_as_queries_and_a_bad_one_costs_only_itself(
     assert found == expected(stored, asked)
     reason = "holds values that are not finite (NaN or infinity)"
     assert bad == {"query": "2", "hits": [], "error": reason}
+    with pytest.raises(UsageError, match=r"q\.npy: model tiny vectors encodes vectors, not images"):
+        run(stored, like=tmp_path / "q.npy", model=vector_bundle)
     np.save(tmp_path / "q.npy", vectors[:, :3])
     with pytest.raises(InputError, match=r"takes float32 of shape \(rows, 4\), not float32 of sha"):
         run(stored, queries=tmp_path / "q.npy", model=vector_bundle)
@@ -339,6 +341,17 @@ def test_a_file_without_queries_and_one_that_is_not_there_are_refused(
         run(rows, queries=tmp_path / "none.npz")
     with pytest.raises(VscError, match=r"no\.npz"):
         run(rows, queries=tmp_path / "no.npz")
+
+
+def test_queries_that_cannot_be_opened_are_an_error_in_one_line(
+    run: Run, rows: Path, queries: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def denied(path: Path) -> bool:
+        raise PermissionError(13, "Permission denied", str(path))
+
+    monkeypatch.setattr("vsc_serve.codes.CODES_FILE", replace(CODES_FILE, recognises=denied))
+    with pytest.raises(VscError, match=r"q\.npz"):
+        run(rows, queries=queries)
 
 
 def test_split_rows_are_asked_only_with_split_queries(

@@ -57,6 +57,11 @@ def ask_like(index: Index, like: str) -> Asked:
     bundle = find_model(index.model)
     encoder = Encoder.open(bundle, device=index.device)
     refuse_other_model(index.rows, encoder.manifest.digest, bundle)
+    if encoder.manifest.modality == "vector":
+        raise UsageError(
+            f"--like {like}: model {encoder.manifest.name} encodes vectors, not images. Give them"
+            " to --queries as an .npy file, or the id of a row to --like."
+        )
     options = _options(index, encoder.manifest)
     rows = encoder.encode_rows(encoder.read([path]), options)
     return _asked(index, options, encoder.manifest, _one(rows, like))
@@ -124,7 +129,10 @@ def _holds_codes(path: Path) -> bool:
 
     if is_folder(path):
         return is_shard_folder(path)
-    return is_plain(path) and CODES_FILE.recognises(path)
+    try:
+        return is_plain(path) and CODES_FILE.recognises(path)
+    except OSError:  # whoever reads it as an array says why it cannot be read
+        return False
 
 
 def _cut(queries: "CodeFile") -> "Generator[Batch, None, None]":
