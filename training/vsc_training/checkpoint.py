@@ -49,7 +49,7 @@ SAMPLE_COUNT: Final = 512
 """Examples kept for the export's comparison."""
 
 _OLD_METRICS: Final = "figures"
-_OLD_RECIPE: Final = {"encoder": "mlp", "decoder": "mlp"}
+_OLD_RECIPE: Final = {"encoder": "mlp", "decoder": "mlp", "regularisation": "none"}
 """Fields of the recipe that runs of an earlier release lack, and what they were."""
 _OLD_SAMPLES: Final = {"images": "pictures"}
 """Keys of the metrics, and of arrays in `samples.npz`, in runs of an earlier release."""

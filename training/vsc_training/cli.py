@@ -74,7 +74,7 @@ def train(
             examples = _load(data, size, talk)
         else:
             examples = _embed(data, size, backbone, threads, talk)
-        resolved = resolve(asked, examples.spec, out if resume else None)
+        resolved = resolve(asked, examples, out if resume else None)
         _say_model(resolved, examples, own_device, group.size, talk)
         with progress("train", resolved.steps, "steps") as shown:
             health = fit(
@@ -225,8 +225,15 @@ def _say_model(
     )
     talk(
         "fit",
-        f"{recipe.steps} steps of {recipe.batch_size} on {device.type}{processes}, {products}",
+        f"{recipe.steps} steps of {recipe.batch_size} on {device.type}{processes}, {products}"
+        f"{_regularisers(recipe)}",
     )
+
+
+def _regularisers(recipe: "Recipe") -> str:
+    """Say what is against overfitting, where something is."""
+    given = {name: getattr(recipe, name) for name in ("input_dropout", "weight_decay")}
+    return "".join(f", {name} {value:g}" for name, value in given.items() if value)
 
 
 def _device(choice: Device, threads: int) -> Any:

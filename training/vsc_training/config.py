@@ -1,7 +1,7 @@
 """Recipes: every choice of a training run, as one flat table that TOML files and `--set` fill in.
 
-The two recipes that ship, `sparse` and `paper`, are TOML files in `recipes/`; each documents every
-field.
+The recipes that ship, `sparse`, `search` and `paper`, are TOML files in `recipes/`; each documents
+every field.
 """
 
 import difflib
@@ -26,11 +26,13 @@ Classifier = Literal["softmax", "sigmoid"]
 Sparsity = Literal["per_latent", "global"]
 Interpolation = Literal["variance", "standard_deviation", "geometric"]
 Precision = Literal["auto", "float32", "bfloat16"]
+Pairs = Literal["graph", "views"]
+Regularisation = Literal["auto", "none"]
 OnCollapse = Literal["stop", "warn"]
 
 logger = logging.getLogger(__name__)
 
-BUILT_IN: Final = ("sparse", "paper")
+BUILT_IN: Final = ("sparse", "search", "paper")
 
 _SIZE: Final = 2**31 - 1
 _MOST: Final = {
@@ -96,6 +98,13 @@ class Recipe:
     balance_weight: float = 2.0
     """Weight of the term that keeps all pseudo-inputs in use."""
 
+    neighbour_weight: float = 0.0
+    """Weight of the neighbour term (InfoNCE); 0: none. Experimental."""
+    neighbour_pairs: Pairs = "graph"
+    """Partners: `graph`, one of the ten nearest examples; `views`, a changed copy of the image."""
+    neighbour_temperature: float = 0.2
+    """Divides the cosines of the neighbour term."""
+
     warmup_start: float = 0.1
     """Share of the steps up to which lambda is 0: an active latent is pure noise."""
     warmup_end: float = 0.2
@@ -107,6 +116,8 @@ class Recipe:
     """Optimiser steps."""
     batch_size: int = 128
     """Images per step."""
+    regularisation: Regularisation = "auto"
+    """`auto`: what follows and is 0 gets what suits how often an example is seen; see `resolve`."""
     input_dropout: float = 0.0
     """Share of each example that training hides from the encoder, against overfitting."""
     weight_decay: float = 0.0
@@ -137,9 +148,21 @@ class Recipe:
         _require(0 <= self.seed < _SEEDS, "seed", self.seed, f"from 0 to {_SEEDS - 1}")
         for name in ("alpha", "learning_rate_drop_at"):
             _require(0 < getattr(self, name) < 1, name, getattr(self, name), "above 0 and below 1")
-        for name in ("beta", "sparsity_weight", "balance_weight", "weight_decay"):
+        for name in (
+            "beta",
+            "sparsity_weight",
+            "balance_weight",
+            "neighbour_weight",
+            "weight_decay",
+        ):
             _require(getattr(self, name) >= 0, name, getattr(self, name), "0 or more")
-        for name in ("sharpness_start", "sharpness_end", "prior_sharpness", "learning_rate"):
+        for name in (
+            "sharpness_start",
+            "sharpness_end",
+            "prior_sharpness",
+            "neighbour_temperature",
+            "learning_rate",
+        ):
             _require(getattr(self, name) > 0, name, getattr(self, name), "above 0")
         for name in ("spike_start", "input_dropout", "validation_share"):
             _require(0 <= getattr(self, name) < 1, name, getattr(self, name), "in [0, 1)")
@@ -171,7 +194,7 @@ def load_recipe(name: str, overrides: Sequence[str] = (), *, active: float | Non
     """Read a recipe and override single fields.
 
     Args:
-        name: `sparse`, `paper`, or the path of a TOML file.
+        name: `sparse`, `search`, `paper`, or the path of a TOML file.
         overrides: `key=value` texts.
         active: Active latents per image to ask for; sets alpha to active / J.
 

@@ -81,7 +81,7 @@ def fit(
         InputError: The folder cannot be written.
     """
     run = Path(os.path.realpath(run))
-    recipe = resolve(recipe, examples.spec, run if resume else None)
+    recipe = resolve(recipe, examples, run if resume else None)
     trainer = Trainer(recipe, examples, device, group, is_compiled=is_compiled)
     fingerprint = examples.fingerprint()
     with ExitStack() as held:

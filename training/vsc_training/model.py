@@ -73,16 +73,19 @@ class VSC(nn.Module):
         self.is_gaussian = recipe.likelihood == "gaussian" or (
             recipe.likelihood == "auto" and data.modality == "vector"
         )
-        shape, decoder_kind = data.shape, choose_decoder(recipe, data)
+        shape, is_linear = data.shape, choose_decoder(recipe, data) == "linear"
+        if self.network == "mlp" or is_linear:
+            layers = 0 if is_linear else recipe.layers
+            self.decoder = mlp_decoder(recipe.latent_dim, recipe.hidden, layers, shape)
         if self.network == "mlp":
-            into = 0 if self.encoder_kind == "linear" else recipe.layers
-            out_of = 0 if decoder_kind == "linear" else recipe.layers
-            self.encoder = mlp_encoder(shape, recipe.hidden, into)
-            self.decoder = mlp_decoder(recipe.latent_dim, recipe.hidden, out_of, shape)
+            layers = 0 if self.encoder_kind == "linear" else recipe.layers
+            self.encoder = mlp_encoder(shape, recipe.hidden, layers)
         else:
             image_shape = (shape[0], shape[1], shape[2])
             self.encoder = conv_encoder(image_shape, recipe.width, recipe.hidden)
-            self.decoder = conv_decoder(recipe.latent_dim, recipe.width, recipe.hidden, image_shape)
+            if not is_linear:
+                width, hidden = recipe.width, recipe.hidden
+                self.decoder = conv_decoder(recipe.latent_dim, width, hidden, image_shape)
         seen = head_width(self.encoder_kind, recipe.hidden, shape)
         self.spike_head = nn.Linear(seen, recipe.latent_dim)
         self.slab_head = nn.Linear(seen, 2 * recipe.latent_dim)
@@ -232,8 +235,12 @@ def choose_encoder(recipe: Recipe, data: DataSpec) -> EncoderKind:
     Raises:
         UsageError: The network has convolutions, and the encoder is for an mlp.
     """
+    if recipe.encoder not in ("auto", "mlp") and choose_network(recipe, data) == "conv":
+        raise UsageError(
+            f"encoder={recipe.encoder} is for network=mlp, and this network has convolutions:"
+            " use `recipe.network=mlp`, or leave encoder as it is"
+        )
     if recipe.encoder != "auto":
-        _require_mlp("encoder", recipe.encoder, recipe, data)
         return recipe.encoder
     return "skip" if data.modality == "vector" else "mlp"
 
@@ -241,18 +248,8 @@ def choose_encoder(recipe: Recipe, data: DataSpec) -> EncoderKind:
 def choose_decoder(recipe: Recipe, data: DataSpec) -> DecoderKind:
     """Return the recipe's decoder; `auto` is linear for vectors, mlp for images.
 
-    Raises:
-        UsageError: The network has convolutions, and the decoder is for an mlp.
+    A linear one goes with any encoder; `mlp` is the mirror of the encoder's layers.
     """
     if recipe.decoder != "auto":
-        _require_mlp("decoder", recipe.decoder, recipe, data)
         return recipe.decoder
     return "linear" if data.modality == "vector" else "mlp"
-
-
-def _require_mlp(field: str, value: str, recipe: Recipe, data: DataSpec) -> None:
-    if value != "mlp" and choose_network(recipe, data) == "conv":
-        raise UsageError(
-            f"{field}={value} is for network=mlp, and this network has convolutions:"
-            f" use `recipe.network=mlp`, or leave {field} as it is"
-        )

@@ -6,22 +6,37 @@ otherwise does not change what a run is. So a run that goes on takes its own.
 
 from dataclasses import replace
 from pathlib import Path
-from typing import Any, Final
+from typing import Any, Final, NamedTuple
 
 from vsc_training.checkpoint import CHECKPOINT, load_state
 from vsc_training.config import Recipe
-from vsc_training.model import DataSpec, choose_decoder, choose_encoder
-
-_AUTO: Final = ("encoder", "decoder")
-"""Fields that are resolved."""
+from vsc_training.data import Examples
+from vsc_training.model import choose_decoder, choose_encoder
 
 
-def resolve(recipe: Recipe, data: DataSpec, run: Path | None = None) -> Recipe:
+class _Strength(NamedTuple):
+    """Regularisers for examples that are seen so often."""
+
+    exposures: float
+    """From so many on: steps times batch size over the examples of the training."""
+    input_dropout: float
+    weight_decay: float
+
+
+_STRENGTHS: Final = (
+    _Strength(0.0, 0.0, 0.0),
+    _Strength(20.0, 0.2, 0.1),
+    _Strength(200.0, 0.3, 1.0),
+)
+"""Measured on digits, photographs' embeddings and text (docs/decisions/0010)."""
+
+
+def resolve(recipe: Recipe, examples: Examples, run: Path | None = None) -> Recipe:
     """Return the recipe with a value for each field that is `auto` and decides what is fitted.
 
     Args:
         recipe: Any recipe; one that is resolved stays as it is.
-        data: What the model is fitted to.
+        examples: What the model is fitted to.
         run: A run to go on with, if it has a checkpoint: its values are taken.
 
     Raises:
@@ -29,13 +44,25 @@ def resolve(recipe: Recipe, data: DataSpec, run: Path | None = None) -> Recipe:
         InputError: The checkpoint of the run is damaged.
     """
     is_begun = run is not None and (run / CHECKPOINT).is_file()
-    chosen = vars(load_state(run).recipe) if run and is_begun else _choices(recipe, data)
-    return replace(recipe, **{name: chosen[name] for name in _AUTO if _is_auto(recipe, name)})
+    own = load_state(run).recipe if run is not None and is_begun else None
+    return replace(recipe, **_layers(recipe, examples, own), **_regularisers(recipe, examples, own))
 
 
-def _choices(recipe: Recipe, data: DataSpec) -> dict[str, Any]:
-    return {"encoder": choose_encoder(recipe, data), "decoder": choose_decoder(recipe, data)}
+def _layers(recipe: Recipe, examples: Examples, own: Recipe | None) -> dict[str, Any]:
+    chosen = {
+        "encoder": own.encoder if own else choose_encoder(recipe, examples.spec),
+        "decoder": own.decoder if own else choose_decoder(recipe, examples.spec),
+    }
+    return {name: value for name, value in chosen.items() if getattr(recipe, name) == "auto"}
 
 
-def _is_auto(recipe: Recipe, name: str) -> bool:
-    return bool(getattr(recipe, name) == "auto")
+def _regularisers(recipe: Recipe, examples: Examples, own: Recipe | None) -> dict[str, Any]:
+    if recipe.regularisation == "none":
+        return {}
+    count = max(1, round(len(examples.rows) * (1.0 - recipe.validation_share)))
+    exposures = recipe.steps * recipe.batch_size / count
+    found: Any = own or [one for one in _STRENGTHS if exposures >= one.exposures][-1]
+    return {"regularisation": "none"} | {
+        name: getattr(recipe, name) or getattr(found, name)
+        for name in ("input_dropout", "weight_decay")
+    }

@@ -20,6 +20,7 @@ from vsc_training.objective import (
     sparsity_global,
     sparsity_per_latent,
 )
+from vsc_training.pairs import info_nce
 from vsc_training.schedule import ScheduleTable, progress
 from vsc_training.spike import draw_spike
 from vsc_training.warmup import draw_slab, warmup_factor
@@ -42,6 +43,8 @@ class Terms(NamedTuple):
     """Log-odds of the spikes, shape (images, latents)."""
     weights: Tensor
     """Classifier weights, shape (images, pseudo-inputs)."""
+    neighbour: Tensor | None = None
+    """Neighbour term, before its weight; None where the recipe has none."""
 
     def metrics(self) -> dict[str, float]:
         """Return the scalars, with what is measured only for those who look.
@@ -56,6 +59,7 @@ class Terms(NamedTuple):
             "selection": selection_cost(self.weights).mean(),
             "sparsity": self.sparsity,
             "balance": self.balance,
+            **({} if self.neighbour is None else {"neighbour": self.neighbour}),
             "active": (self.spike_logit > 0).float().sum(1).mean(),
         }
         # One transfer: each number that is asked of a GPU waits for all that it has to do.
@@ -66,7 +70,11 @@ class Terms(NamedTuple):
         scalars = (self.loss, self.reconstruction, self.kl, self.sparsity, self.balance)
         tables = (self.spike_logit, self.weights)
         copies = (table.detach().clone() for table in tables)
-        return Terms(*torch.stack(scalars).detach().unbind(), *copies)
+        neighbour = None if self.neighbour is None else self.neighbour.detach().clone()
+        spike_logit, weights = copies
+        loss, reconstruction, kl, sparsity, balance = torch.stack(scalars).detach().unbind()
+        terms = (loss, reconstruction, kl, sparsity, balance)
+        return Terms(*terms, spike_logit, weights, neighbour)
 
 
 class Draw(NamedTuple):
@@ -134,7 +142,9 @@ def draw_input_mask(batch: torch.Size, hidden_share: float, generator: torch.Gen
     return input_mask.float() * (256 / (256 - hidden_bytes))
 
 
-def objective_terms(model: VSC, examples: Tensor, draw: Draw, *, bf16: bool) -> Terms:
+def objective_terms(
+    model: VSC, examples: Tensor, draw: Draw, *, bf16: bool, partners: Tensor | None = None
+) -> Terms:
     """Compute the objective of one batch.
 
     Matrix products of the networks run in bfloat16 when `bf16` says so; spike logits, divergences
@@ -145,6 +155,7 @@ def objective_terms(model: VSC, examples: Tensor, draw: Draw, *, bf16: bool) -> 
         examples: One batch, shape (images, *shape).
         draw: Noise and the place in the run.
         bf16: Whether matrix products may run in bfloat16.
+        partners: One for each example, for the neighbour term; None: there is no such term.
     """
     recipe = model.recipe
     with autocast(examples.device, bf16=bf16):
@@ -167,7 +178,15 @@ def objective_terms(model: VSC, examples: Tensor, draw: Draw, *, bf16: bool) -> 
         + recipe.sparsity_weight * sparsity
         + recipe.balance_weight * balance_term
     )
-    return Terms(loss, reconstruction, kl, sparsity, balance_term, q.spike_logit, weights)
+    neighbour = None
+    if partners is not None:
+        with autocast(examples.device, bf16=bf16):
+            other = model.encode(partners)
+        neighbour = info_nce(q, other, recipe.neighbour_temperature)
+        # Like the slabs it waits until the spikes have found their places.
+        loss = loss + draw.lam * recipe.neighbour_weight * neighbour
+    terms = (reconstruction, kl, sparsity, balance_term)
+    return Terms(loss, *terms, q.spike_logit, weights, neighbour)
 
 
 class Objective(nn.Module):
@@ -187,7 +206,13 @@ class Objective(nn.Module):
         self._terms = compiled_terms(device) if is_compiled else objective_terms
 
     def forward(
-        self, examples: Tensor, step: int, generator: torch.Generator, *, bf16: bool
+        self,
+        examples: Tensor,
+        step: int,
+        generator: torch.Generator,
+        *,
+        bf16: bool,
+        partners: Tensor | None = None,
     ) -> Terms:
         """Draw the noise of a step and compute the terms of one batch.
 
@@ -199,9 +224,10 @@ class Objective(nn.Module):
             step: Optimiser steps done.
             generator: Source of the noise.
             bf16: Whether matrix products may run in bfloat16.
+            partners: As in `objective_terms`.
         """
         draw = draw_noise(self.model.recipe, examples.shape, step, generator, self._table)
-        return self._terms(self.model, examples, draw, bf16=bf16)
+        return self._terms(self.model, examples, draw, bf16=bf16, partners=partners)
 
 
 def compiled_terms(device: torch.device) -> Callable[..., Terms]:

@@ -24,6 +24,7 @@ from vsc_training.memory import model_bytes, require_memory
 from vsc_training.metrics import Health, measure_health
 from vsc_training.model import VSC
 from vsc_training.outliers import FAR, Bound
+from vsc_training.pairs import draw_neighbours, draw_views, nearest_examples
 from vsc_training.resolve import resolve
 from vsc_training.schedule import learning_rate
 from vsc_training.step import Objective, Terms
@@ -60,7 +61,7 @@ class Trainer:
             UsageError: Fewer examples than a batch; less memory than the model needs; or a compiled
                 step that cannot be had.
         """
-        recipe = resolve(recipe, examples.spec)
+        recipe = resolve(recipe, examples)
         self.recipe = recipe
         self.device = device
         self.group = group or Group()
@@ -93,6 +94,7 @@ class Trainer:
         picked = first.repeat(-(-recipe.pseudo_inputs // len(first)))[: recipe.pseudo_inputs]
         self.model.start_pseudo_inputs(self.dataset.take(picked))
         self._batch = batch_source(self.dataset, self._own_numbers)
+        self._neighbours = self._search_neighbours()
         if is_compiled and self.group.size > 1:
             raise UsageError(
                 "`is_compiled` is for one process: leave it away, or do without torchrun"
@@ -140,9 +142,34 @@ class Trainer:
         # Before the forward pass: a compiled step on a GPU writes over the gradients of the last.
         self.optimizer.zero_grad(set_to_none=True)
         with repeatable_kernels():
-            terms: Terms = self._objective(examples, self.step, generator, bf16=self.bf16)
+            partners = self._partners(examples, generator)
+            terms: Terms = self._objective(
+                examples, self.step, generator, bf16=self.bf16, partners=partners
+            )
             terms.loss.backward()
         return terms
+
+    def _search_neighbours(self) -> Tensor | None:
+        """Return the nearest examples of each one, where the neighbour term draws from them."""
+        recipe = self.recipe
+        if recipe.neighbour_weight == 0:
+            return None
+        if recipe.neighbour_pairs == "views":
+            if self.model.data.modality == "vector":
+                raise UsageError(
+                    "neighbour_pairs=views is for images: `recipe.neighbour_pairs=graph`"
+                )
+            return None
+        return nearest_examples(self.dataset, self.train_numbers, recipe.seed)
+
+    def _partners(self, examples: Tensor, generator: torch.Generator) -> Tensor | None:
+        """Draw a partner for each example of a batch; None without a neighbour term."""
+        if self.recipe.neighbour_weight == 0:
+            return None
+        if self._neighbours is None:
+            return draw_views(examples, generator)
+        numbers = draw_neighbours(self._neighbours, self._own_numbers(self.step), generator)
+        return self.dataset.take(numbers)
 
     def _own_numbers(self, step: int) -> Tensor:
         """Return the row numbers of this process's part of a batch."""
