@@ -256,7 +256,7 @@ def test_terms_that_are_kept_survive_the_memory_they_came_from() -> None:
             if term is not None:
                 term.fill_(-1.0)
     assert [float(term) for term in kept[:5]] == [0.0, 1.0, 2.0, 3.0, 4.0]
-    assert not any(term.requires_grad for term in kept)
+    assert not any(term.requires_grad for term in kept if term is not None)
     assert kept.spike_logit.sum() == 6
     assert kept.weights.sum() == 2
 
