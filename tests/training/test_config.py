@@ -97,7 +97,7 @@ def test_a_number_may_be_written_without_its_zero() -> None:
 
 
 def test_an_unknown_recipe_names_the_known_ones() -> None:
-    with pytest.raises(UsageError, match="not one of sparse, paper"):
+    with pytest.raises(UsageError, match="not one of sparse, search, paper"):
         load_recipe("dense")
 
 

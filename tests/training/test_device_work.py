@@ -32,9 +32,12 @@ from vsc_training.warmup import warmup_factor
 CPU, ELSEWHERE = torch.device("cpu"), torch.device("meta")
 
 
+FIXED = ["regularisation=none"]  # a few examples, seen often
+
+
 def small_recipe(*overrides: str) -> Recipe:
     fields = ["latent_dim=16", "hidden=32", "pseudo_inputs=4", "batch_size=32", "alpha=0.2"]
-    return load_recipe("sparse", [*fields, "steps=60", "on_collapse=warn", *overrides])
+    return load_recipe("sparse", [*fields, "steps=60", "on_collapse=warn", *FIXED, *overrides])
 
 
 def noise_examples(count: int = 128) -> Examples:
@@ -250,9 +253,10 @@ def test_terms_that_are_kept_survive_the_memory_they_came_from() -> None:
     kept = terms.kept()
     with torch.no_grad():
         for term in terms:
-            term.fill_(-1.0)
+            if term is not None:
+                term.fill_(-1.0)
     assert [float(term) for term in kept[:5]] == [0.0, 1.0, 2.0, 3.0, 4.0]
-    assert not any(term.requires_grad for term in kept)
+    assert not any(term.requires_grad for term in kept if term is not None)
     assert kept.spike_logit.sum() == 6
     assert kept.weights.sum() == 2
 

@@ -23,6 +23,7 @@ STEP = GRID[1] - GRID[0]
 def toy(modality: str) -> tuple[VSC, Tensor]:
     """A model of two latents with strong random weights, and one row."""
     fields = ["latent_dim=2", "hidden=6", "pseudo_inputs=3", "network=mlp", "prior_sharpness=4.0"]
+    fields += ["encoder=mlp", "decoder=mlp"]
     spec = DataSpec(pixel_spec=PixelSpec(height=2, width=2, channels=1))
     if modality == "vector":
         spec = DataSpec(input_dim=3)

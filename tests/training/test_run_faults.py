@@ -20,6 +20,7 @@ from vsc_training.config import Recipe, load_recipe
 from vsc_training.data import Examples
 from vsc_training.fit import fit
 from vsc_training.model import DataSpec
+from vsc_training.resolve import resolve
 from vsc_training.trainer import Trainer
 
 CPU = torch.device("cpu")
@@ -249,8 +250,9 @@ def test_a_resume_may_be_longer_and_goes_on_as_the_longer_run_does(
     run = tmp_path / "run"
     fit(small_recipe("steps=40"), vectors, run, device=CPU)
     half = load_checkpoint(run)
-    longer = small_recipe("steps=80", "learning_rate=0.002")
-    fit(longer, vectors, run, device=CPU, resume=True)
+    asked = small_recipe("steps=80", "learning_rate=0.002")
+    longer = resolve(asked, vectors, run)
+    fit(asked, vectors, run, device=CPU, resume=True)
     assert load_checkpoint(run).state.recipe == longer
     assert load_recipe(str(run / "recipe.toml")) == longer
     resumes = [line for line in lines_of(run) if line["kind"] == "resume"]
