@@ -72,7 +72,7 @@ def train(
         if file is None:
             examples = _load(data, size, talk)
         else:
-            examples = _embed(data, size, file, threads, talk)
+            examples = _embed(data, out, size, file, threads, talk)
         _say_model(resolved, examples, own_device, group.size, talk)
         with progress("train", resolved.steps, "steps") as shown:
             health = fit(
@@ -161,11 +161,17 @@ def _load(path: Path, size: int | None, talk: Callable[[str, str], None]) -> "Ex
 
 
 def _embed(
-    path: Path, size: int | None, file: Path, threads: int, talk: Callable[[str, str], None]
+    path: Path,
+    run: Path,
+    size: int | None,
+    file: Path,
+    threads: int,
+    talk: Callable[[str, str], None],
 ) -> "Examples":
     from vsc_serve.errors import UsageError
     from vsc_training.backbone import Backbone
     from vsc_training.data import embed_examples, find_images
+    from vsc_training.embeddings import EmbeddingCache
 
     if size is not None:
         raise UsageError("--size: the file beside --backbone says what images become")
@@ -176,7 +182,9 @@ def _embed(
     talk("backbone", f"{file}: {spec.pixel_spec} to {spec.dim}, sha256 {spec.sha256[:12]}")
     sources = find_images(path)
     with progress("embed", len(sources), "images") as shown:
-        examples = embed_examples(path, sources, backbone, shown.update)
+        examples = embed_examples(
+            path, sources, backbone, shown.update, EmbeddingCache.beside(run, spec)
+        )
     _say_data(path, examples, talk)
     return examples
 
