@@ -6,7 +6,7 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
-from vsc_serve.cli.options import DeviceOption, print_json
+from vsc_serve.cli.options import BackboneOption, DeviceOption, find_backbone, print_json
 from vsc_serve.console import require_extra, say
 from vsc_serve.errors import UsageError
 from vsc_training.threads import sleep_when_idle
@@ -53,9 +53,7 @@ def export(
     triton: Annotated[
         Path | None, typer.Option(help="Folder for a Triton model repository.")
     ] = None,
-    backbone: Annotated[
-        Path | None, typer.Option(help="ONNX image encoder to put in front of the model.")
-    ] = None,
+    backbone: BackboneOption = None,
     about: Annotated[
         Path | None, typer.Option(help="Markdown for the top of the model card.", exists=True)
     ] = None,
@@ -76,7 +74,8 @@ def export(
     from vsc_serve.bundle import BUNDLE_FOLDER
     from vsc_serve.outputs import check_output
 
-    given = [path for path in (run, calibration, backbone, about) if path is not None]
+    file = find_backbone(backbone)
+    given = [path for path in (run, calibration, file, about) if path is not None]
     check_output(out, BUNDLE_FOLDER, force=force, inputs=given)
     if triton is not None:
         check_output(triton, REPOSITORY, force=force, inputs=[*given, out])
@@ -92,10 +91,10 @@ def export(
         about=about.read_text(encoding="utf-8") if about else "",
         allow_collapsed=allow_collapsed,
     )
-    if backbone is None:
+    if file is None:
         done = export_bundle(run, out, options)
     else:
-        done = _export_behind(backbone, run, out, options)
+        done = _export_behind(file, run, out, options)
     parity, manifest = done.parity, done.manifest
     say("parity", _parity_line(parity))
     if calibrate_tau:
@@ -142,9 +141,7 @@ def verify(
     rows: Annotated[
         int, typer.Option(help="Rows at most, evenly spread over the data.", min=1)
     ] = 10_000,
-    backbone: Annotated[
-        Path | None, typer.Option(help="ONNX image encoder inside the bundle, if it has one.")
-    ] = None,
+    backbone: BackboneOption = None,
     device: DeviceOption = "cpu",
     as_json: Annotated[bool, typer.Option("--json", help="Print the report as JSON.")] = False,
 ) -> None:
@@ -153,7 +150,8 @@ def verify(
     sleep_when_idle()
     from vsc_export.verify import require_verified, verify_bundle
 
-    parity = verify_bundle(model, run, data, row_count=rows, backbone=backbone, device=device)
+    file = find_backbone(backbone)
+    parity = verify_bundle(model, run, data, row_count=rows, backbone=file, device=device)
     if as_json:
         print_json(json.loads(parity.to_json()), indent=2)
     else:

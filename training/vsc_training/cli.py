@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from vsc_serve.cli.options import Device, DeviceOption
+from vsc_serve.cli.options import BackboneOption, Device, DeviceOption, find_backbone
 from vsc_serve.console import progress, require_extra, say
 from vsc_serve.outputs import check_output
 from vsc_training.threads import sleep_when_idle
@@ -40,10 +40,7 @@ def train(
     size: Annotated[
         int | None, typer.Option(help="Side of the square that images become.", min=1)
     ] = None,
-    backbone: Annotated[
-        Path | None,
-        typer.Option(help="ONNX image encoder: fit its embeddings of the images."),
-    ] = None,
+    backbone: BackboneOption = None,
     device: DeviceOption = "auto",
     threads: Annotated[
         int, typer.Option(help="CPU threads (0: torch chooses).", min=0, max=1024)
@@ -70,10 +67,11 @@ def train(
         if group.is_first:
             read = [path for path in (data, backbone, recipe) if path is not None]
             _check_out(out, read, resume=resume, force=force)
-        if backbone is None:
+        file = find_backbone(backbone)
+        if file is None:
             examples = _load(data, size, talk)
         else:
-            examples = _embed(data, size, backbone, threads, talk)
+            examples = _embed(data, out, size, file, threads, talk)
         resolved = resolve(asked, examples, out if resume else None)
         _say_model(resolved, examples, own_device, group.size, talk)
         with progress("train", resolved.steps, "steps") as shown:
@@ -106,9 +104,7 @@ def evaluate(
     factors: Annotated[
         Path | None, typer.Option(help="factors.npz with the true factors of DATA.")
     ] = None,
-    backbone: Annotated[
-        Path | None, typer.Option(help="ONNX image encoder that the run was trained with.")
-    ] = None,
+    backbone: BackboneOption = None,
     iwae_samples: Annotated[int, typer.Option(help="Draws of the bound.", min=1)] = 50,
     seed: Annotated[int, typer.Option(help="Seed of choices and noise.", min=0)] = 0,
     device: DeviceOption = "auto",
@@ -127,7 +123,7 @@ def evaluate(
         data,
         reference=reference,
         factors=factors,
-        backbone=backbone,
+        backbone=find_backbone(backbone),
         iwae_samples=iwae_samples,
         device=_device(device, threads),
         seed=seed,
@@ -165,11 +161,17 @@ def _load(path: Path, size: int | None, talk: Callable[[str, str], None]) -> "Ex
 
 
 def _embed(
-    path: Path, size: int | None, file: Path, threads: int, talk: Callable[[str, str], None]
+    path: Path,
+    run: Path,
+    size: int | None,
+    file: Path,
+    threads: int,
+    talk: Callable[[str, str], None],
 ) -> "Examples":
     from vsc_serve.errors import UsageError
     from vsc_training.backbone import Backbone
     from vsc_training.data import embed_examples, find_images
+    from vsc_training.embeddings import EmbeddingCache
 
     if size is not None:
         raise UsageError("--size: the file beside --backbone says what images become")
@@ -180,7 +182,9 @@ def _embed(
     talk("backbone", f"{file}: {spec.pixel_spec} to {spec.dim}, sha256 {spec.sha256[:12]}")
     sources = find_images(path)
     with progress("embed", len(sources), "images") as shown:
-        examples = embed_examples(path, sources, backbone, shown.update)
+        examples = embed_examples(
+            path, sources, backbone, shown.update, EmbeddingCache.beside(run, spec)
+        )
     _say_data(path, examples, talk)
     return examples
 

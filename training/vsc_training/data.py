@@ -22,6 +22,7 @@ from vsc_serve.images import BadImage, PixelSpec, open_image, read_images
 from vsc_serve.sources import Source, find_sources, is_junk
 from vsc_serve.sources.arrays import SUFFIXES, read_rows
 from vsc_training.backbone import Backbone
+from vsc_training.embeddings import Embedder, EmbeddingCache
 from vsc_training.memory import require_memory_for
 from vsc_training.model import DataSpec
 
@@ -117,15 +118,22 @@ def find_images(folder: Path) -> list[Source]:
 
 
 def embed_examples(
-    folder: Path, sources: Sequence[Source], backbone: Backbone, report: Callable[[int], None]
+    folder: Path,
+    sources: Sequence[Source],
+    backbone: Backbone,
+    report: Callable[[int], None],
+    cache: EmbeddingCache | None = None,
 ) -> Examples:
     """Read the images of a folder as embeddings; their pixels do not stay in memory.
+
+    Every file is read; an image that the cache knows by its bytes is not decoded and not embedded.
 
     Args:
         folder: Where they lie; class folders give labels.
         sources: The images, as `find_images` gives them.
         backbone: What embeds them.
         report: Is told how many images are done.
+        cache: Embeddings of earlier runs; gets those of this one.
 
     Returns:
         The embeddings, checked as `load_examples` checks, with the pixels of some images.
@@ -134,23 +142,25 @@ def embed_examples(
         UsageError: No usable image.
         InputError: The backbone gives values that are not finite, or all alike.
     """
-    vectors, kept = [], []
+    stride = -(-len(sources) // _kept_count(backbone.spec.pixel_spec))
+    embedder = Embedder(backbone, cache)
     ids: list[str] = []
     bad: list[BadImage] = []
-    stride = -(-len(sources) // _kept_count(backbone.spec.pixel_spec))
+    vectors, samples = [], []
     for start in range(0, len(sources), _EMBEDDED_AT_ONCE):
-        chunk = sources[start : start + _EMBEDDED_AT_ONCE]
-        pixels, names, unread = read_images(chunk, backbone.spec.pixel_spec)
-        vectors.append(backbone.embed(pixels))
-        kept.append(pixels[-len(ids) % stride :: stride])
-        ids += names
-        bad += unread
-        report(start + len(chunk))
+        chunk = embedder.embed(sources[start : start + _EMBEDDED_AT_ONCE])
+        vectors.append(chunk.rows)
+        samples += chunk.sources[-len(ids) % stride :: stride]
+        ids += [source.id for source in chunk.sources]
+        bad += chunk.bad
+        report(min(start + _EMBEDDED_AT_ONCE, len(sources)))
     _require_one(folder, len(sources), ids, bad)
-    spec = DataSpec(input_dim=backbone.spec.dim, backbone=backbone.spec)
-    rows, images = np.concatenate(vectors), np.concatenate(kept)
+    embedder.flush()
+    pixels, *_ = read_images(samples, backbone.spec.pixel_spec)
+    rows = np.concatenate(vectors)
+    data = DataSpec(input_dim=backbone.spec.dim, backbone=backbone.spec)
     _check_rows(folder, rows)
-    return Examples(rows, ids, spec, _checked_labels(folder, ids), bad, images)
+    return Examples(rows, ids, data, _checked_labels(folder, ids), bad, pixels)
 
 
 def _kept_count(spec: PixelSpec) -> int:

@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Annotated, Any, Final, Literal
 
 import typer
 
-from vsc_serve.console import printable
+from vsc_serve.console import printable, require_extra
 from vsc_serve.errors import BundleError, UsageError
 from vsc_serve.models import builtin_model
 
@@ -16,6 +16,8 @@ if TYPE_CHECKING:
     from vsc_serve.codes import CodeFile
 
 _DEFAULT_MODEL: Final = Path("model")
+PHOTOS: Final = "photos"
+"""Name of the backbone that the extra of that name brings."""
 
 Device = Literal["auto", "cpu", "cuda"]
 """The same as `session.Device`, which importing would load numpy for `vsc --help`; a test compares
@@ -23,6 +25,10 @@ them."""
 
 ModelOption = Annotated[
     Path | None, typer.Option(help="Bundle (default: $VSC_MODEL, ./model, the built-in one).")
+]
+BackboneOption = Annotated[
+    Path | None,
+    typer.Option(help="Image encoder before the model: an ONNX file, or photos (extra photos)."),
 ]
 DeviceOption = Annotated[Device, typer.Option(help="Where the model runs.")]
 JsonOption = Annotated[bool, typer.Option("--json", help="Print JSON to stdout.")]
@@ -49,6 +55,20 @@ def find_model(given: Path | None) -> Path:
         f"no model: the built-in one is missing ({builtin}). Give --model DIR, set VSC_MODEL, or"
         " make ./model with `vsc train` and `vsc export`."
     )
+
+
+def find_backbone(given: Path | None) -> Path | None:
+    """Return the ONNX file of a backbone: as given, or that of the extra `photos` for its name.
+
+    Raises:
+        UsageError: The extra is not installed, or holds other weights than it should.
+    """
+    if given is None or given != Path(PHOTOS) or given.exists():
+        return given
+    require_extra("photos", "platformdirs")
+    from vsc_serve.photos import photos_backbone
+
+    return photos_backbone()
 
 
 def print_text(text: str) -> None:
