@@ -49,6 +49,7 @@ def test_neighbours_are_the_nearest_of_the_training_by_the_centred_cosine(
     vectors: Examples, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(pairs, "_QUERY_BLOCK", 7)
+    monkeypatch.setattr(pairs, "_REFERENCE_BYTES", 4 * 6 * 9)  # nine references in a block
     numbers = torch.arange(0, 120, 2)
     dataset = DeviceDataset.of(vectors.rows + 5.0, CPU)
     found = nearest_examples(dataset, numbers, seed=0)

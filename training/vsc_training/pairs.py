@@ -3,6 +3,8 @@
 Experimental: see docs/model.md, "Neighbours".
 """
 
+from collections.abc import Sequence
+from math import prod
 from typing import Final
 
 import torch
@@ -17,6 +19,8 @@ NEIGHBOURS: Final = 10
 
 _REFERENCES: Final = 50_000
 """Examples, chosen by chance, among which neighbours are searched, at most."""
+_REFERENCE_BYTES: Final = 2**28
+"""Bytes of a block of them as float32: 50,000 photographs at once would be many gigabytes."""
 _QUERY_BLOCK: Final = 512
 _LARGEST_SHIFT: Final = 0.1
 """Share of a side by which a view is moved, at most."""
@@ -45,17 +49,33 @@ def nearest_examples(dataset: DeviceDataset, numbers: Tensor, seed: int) -> Tens
     generator = torch.Generator().manual_seed(seed)
     known = numbers[torch.randperm(len(numbers), generator=generator)[:_REFERENCES]]
     count = min(NEIGHBOURS, len(known) - 1)
-    references = _flat(dataset, known)
-    middle = references.mean(0) if dataset.rows.ndim == 2 else torch.zeros_like(references[0])
-    references = F.normalize(references - middle)
+    values = prod(dataset.rows.shape[1:])
+    references = known.split(max(1, _REFERENCE_BYTES // (4 * values)))
+    middle = _middle(dataset, references)
+    cosines = torch.full((len(dataset.rows), count), -torch.inf)
     found = torch.zeros(len(dataset.rows), count, dtype=torch.int32)
-    for start in range(0, len(numbers), _QUERY_BLOCK):
-        asked = numbers[start : start + _QUERY_BLOCK]
-        products = F.normalize(_flat(dataset, asked) - middle) @ references.T
-        # An example is its own nearest; its copies are left in, which are as near as can be.
-        products.masked_fill_(asked[:, None].to(known) == known, -torch.inf)
-        found[asked] = known[products.topk(count).indices.cpu()].to(torch.int32)
+    for block in references:
+        directions = F.normalize(_flat(dataset, block) - middle).T
+        for asked in numbers.split(_QUERY_BLOCK):
+            products = F.normalize(_flat(dataset, asked) - middle) @ directions
+            # An example is its own nearest; its copies are left in, which are as near as can be.
+            is_itself = (asked[:, None] == block).to(products.device)
+            near = products.masked_fill_(is_itself, -torch.inf).topk(min(count, len(block)))
+            names = block[near.indices.cpu()].to(torch.int32)
+            both = torch.cat([cosines[asked], near.values.cpu()], dim=1)
+            cosines[asked], places = both.topk(count)
+            found[asked] = torch.cat([found[asked], names], dim=1).gather(1, places)
     return found
+
+
+def _middle(dataset: DeviceDataset, references: Sequence[Tensor]) -> Tensor:
+    """Return what is taken off every row: the mean of vectors, 0 for images."""
+    first = _flat(dataset, references[0][:1])[0]
+    if dataset.rows.ndim > 2:
+        return torch.zeros_like(first)
+    sums = [_flat(dataset, block).double().sum(0) for block in references]
+    mean = torch.stack(sums).sum(0) / sum(map(len, references))
+    return mean.to(first.dtype)
 
 
 def draw_neighbours(found: Tensor, numbers: Tensor, generator: torch.Generator) -> Tensor:
