@@ -76,12 +76,21 @@ def read_sources(arguments: Sequence[str]) -> dict[str, str]:
 
 
 def _split(examples: Examples) -> Dataset:
-    order = np.random.default_rng(0).permutation(len(examples.rows))
-    test_count = int(_TEST_SHARE * len(order))
-    return Dataset(_pick(examples, order[test_count:]), _pick(examples, order[:test_count]))
+    return split_off(examples, _TEST_SHARE)
 
 
-def _pick(examples: Examples, numbers: NDArray[np.int64]) -> Examples:
+def split_off(examples: Examples, share: float) -> Dataset:
+    """Split by the content of the rows, so that equal rows are all on one side.
+
+    Args:
+        examples: The rows.
+        share: Share of the rows that become the test.
+    """
+    train, test = examples.split(share)
+    return Dataset(_pick(examples, train), _pick(examples, test))
+
+
+def _pick(examples: Examples, numbers: NDArray[np.intp]) -> Examples:
     return replace(
         examples,
         rows=np.ascontiguousarray(examples.rows[numbers]),
