@@ -40,7 +40,7 @@ if TYPE_CHECKING:
     )
     from vsc_serve.images import Fit, PixelSpec
     from vsc_serve.manifest import GraphSignature, Manifest, Modality, Precision, Probe
-    from vsc_serve.options import EncodeOptions, View
+    from vsc_serve.options import EncodeOptions, Thresholds, View
     from vsc_serve.pipeline import Batch, stream
     from vsc_serve.session import Device, Session
     from vsc_serve.sources import Ids
@@ -77,6 +77,7 @@ _HOMES = {
     "Probe": "manifest",
     "Session": "session",
     "SourceUnavailable": "errors",
+    "Thresholds": "options",
     "UsageError": "errors",
     "View": "options",
     "VscError": "errors",
@@ -117,6 +118,7 @@ __all__ = [
     "Probe",
     "Session",
     "SourceUnavailable",
+    "Thresholds",
     "UsageError",
     "View",
     "VscError",

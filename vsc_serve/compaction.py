@@ -147,15 +147,15 @@ def _rows_of_active(
     active = active_positions(dense)
     total_energy = _energy(dense, active)
     if options.max_active is not None:
-        active = _strongest(dense, active, options.max_active)
+        strength = _values(found, active, options.view if options.view == "query" else "mean")
+        active = _strongest(active, strength, dense.shape[1], options.max_active)
     gamma, sigma = None, None
-    if options.uncertainty or options.view == "gamma":
-        gamma = _gamma(found["spike_logit"].ravel()[active])
     if options.uncertainty:
+        gamma = _gamma(found["spike_logit"].ravel()[active]).astype(np.float32)
         sigma = np.exp(found["logvar"].ravel()[active] / 2)
     rows = CodeRows(
-        codes=csr_at(active, _view(dense, active, gamma, options.view), dense.shape),
-        gamma=gamma if options.uncertainty else None,
+        codes=csr_at(active, _values(found, active, options.view), dense.shape),
+        gamma=gamma,
         sigma=sigma,
     )
     kept_energy = total_energy if options.max_active is None else _energy(dense, active)
@@ -163,29 +163,32 @@ def _rows_of_active(
     return EncodedBatch(rows, decisions)
 
 
-def _view(
-    dense: NDArray[np.float32],
-    active: NDArray[np.intp],
-    gamma: NDArray[np.float32] | None,
-    view: View,
-) -> NDArray[np.float32]:
+def _values(found: GraphOutputs, active: NDArray[np.intp], view: View) -> NDArray[np.float32]:
+    """Return what is stored of each active latent; never 0, which a code cannot store."""
+    mu = found["code"].ravel()[active]
     if view == "spike":
         return np.ones(len(active), np.float32)
-    return dense.ravel()[active] if gamma is None or view == "mean" else gamma
+    if view == "mean":
+        return mu
+    gamma = _gamma(found["spike_logit"].ravel()[active])
+    if view == "gamma":
+        return gamma.astype(np.float32)
+    size = (np.sqrt(gamma) * np.abs(mu)).astype(np.float32)
+    return np.copysign(np.maximum(size, _SMALLEST), mu)
 
 
-def _gamma(spike_logit: NDArray[np.float32]) -> NDArray[np.float32]:
-    """Return sigmoid(spike_logit), computed in float64; never 0, which a code cannot store."""
+def _gamma(spike_logit: NDArray[np.float32]) -> NDArray[np.float64]:
+    """Return sigmoid(spike_logit), computed in float64; never below the smallest float32."""
     gamma = np.exp(-np.logaddexp(0.0, -spike_logit.astype(np.float64)))
-    return np.maximum(gamma.astype(np.float32), _SMALLEST)
+    return np.maximum(gamma, np.float64(_SMALLEST))
 
 
 def _strongest(
-    dense: NDArray[np.float32], active: NDArray[np.intp], count: int
+    active: NDArray[np.intp], strength: NDArray[np.float32], latent_dim: int, count: int
 ) -> NDArray[np.intp]:
-    """Keep the positions of the `count` largest |mu| of each row; of equal ones the lower."""
-    rows = active // dense.shape[1]
-    order = np.lexsort((-np.abs(dense.ravel()[active]), rows))  # stable, and row by row
+    """Keep the positions of the `count` largest |strength| of each row; of equal ones the lower."""
+    rows = active // latent_dim
+    order = np.lexsort((-np.abs(strength), rows))  # stable, and row by row
     place = np.arange(len(rows)) - np.searchsorted(rows, rows)
     kept: NDArray[np.intp] = active[np.sort(order[place < count])]
     return kept

@@ -3,6 +3,7 @@
 import hashlib
 import logging
 from collections.abc import Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Any, Final
 
@@ -131,6 +132,7 @@ class Encoder:
 
         Raises:
             InputError: Wrong shape or type, or a model that gives values that are not finite.
+            UsageError: Queries would keep less than the rows they are for.
         """
         return self.encode_counted(rows, options).rows
 
@@ -158,21 +160,22 @@ class Encoder:
         """
         from vsc_serve import __version__
 
-        chosen = options.tau if tau is None else tau
-        limit = {} if options.max_active is None else {"max_active": options.max_active}
+        chosen = options if tau is None else replace(options, tau=tau)
+        thresholds = chosen.thresholds(self.manifest)
+        optional = {"max_active": options.max_active, "stored_tau": thresholds.stored_tau}
         return {
             "model": self.manifest.name,
             "model_digest": self.manifest.digest,
-            "tau": self.manifest.tau if chosen is None else chosen,
+            "tau": thresholds.tau,
             "view": options.view,
-            **limit,
+            **{name: value for name, value in optional.items() if value is not None},
             "engine": self.engine,
             "vsc_serve": __version__,
         }
 
     def _encode_batch(self, rows: NDArray[Any], start: int, options: EncodeOptions) -> EncodedBatch:
         """Encode what a graph is given at once; `start` is its first row, for messages."""
-        limit = threshold_logit(self.manifest.tau if options.tau is None else options.tau)
+        limit = threshold_logit(options.thresholds(self.manifest).tau)
         feeds = {self.manifest.modality: rows, "tau_logit": np.array(limit)}
         outputs = self._compaction.outputs(options)
         found = dict(zip(outputs, self._session.run(outputs, feeds), strict=True))

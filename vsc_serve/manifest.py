@@ -100,6 +100,8 @@ class Manifest:
     """Precision of the encoder's layers."""
     graphs: dict[str, GraphSignature] = field(default_factory=dict)
     """Inputs and outputs of each graph, by its file. Empty in bundles of older versions."""
+    query_tau: float | None = None
+    """Spike threshold of queries, at most `tau`. None is `options.QUERY_TAU`."""
     backbone: dict[str, Any] | None = None
     """What embeds images inside the encoder, and the digest of its file. None without one."""
     format: int = FORMAT
@@ -183,6 +185,8 @@ class Manifest:
 def _wrong_values(manifest: Manifest) -> Iterator[str]:
     if not 0.0 < manifest.tau < 1.0:
         yield f"tau must be above 0 and below 1, not {manifest.tau}"
+    if manifest.query_tau is not None and not 0.0 < manifest.query_tau <= manifest.tau:
+        yield f"query_tau must be above 0 and at most tau, not {manifest.query_tau}"
     if not 0 < manifest.latent_dim <= _MAX_LATENTS:
         yield f"latent_dim must be positive and at most {_MAX_LATENTS}, not {manifest.latent_dim}"
     if not (math.isfinite(manifest.alpha) and math.isfinite(manifest.active)):

@@ -17,7 +17,7 @@ from vsc_serve.bundle import ENCODER, MANIFEST, sha256
 from vsc_serve.codes import dense_to_csr, threshold_logit
 from vsc_serve.encoder import BATCH_SIZE
 from vsc_serve.errors import BundleError, InputError, UsageError
-from vsc_serve.options import PLAIN, EncodeOptions
+from vsc_serve.options import PLAIN, QUERY_TAU, EncodeOptions
 
 
 class FailsOnWhite:
@@ -267,6 +267,76 @@ def test_the_views_give_mu_gamma_or_one_for_the_same_latents(full_encoder, full_
     assert same(full_encoder.encode_rows(rows, PLAIN).codes, full_encoder.encode(rows))
 
 
+@given(
+    hnp.arrays(np.float32, (3, 16), elements=st.floats(-4, 4, width=32)),
+    st.floats(0.01, 0.5),
+)
+@settings(suppress_health_check=[HealthCheck.function_scoped_fixture], deadline=None)
+def test_a_query_holds_mu_times_the_root_of_gamma_above_its_own_threshold(
+    fake_encoder, logit, tau_q
+):
+    class Graph:
+        engine = "fake"
+
+        def run(self, outputs, feeds):
+            mu = np.where(logit > 0, 3 - logit, np.float32(-1.5) + logit)
+            code = np.where(logit > feeds["tau_logit"], mu, np.float32(0))
+            return [{"code": code, "spike_logit": logit}[name] for name in outputs]
+
+    options = EncodeOptions.for_query(fake_encoder.manifest, tau_q)
+    found = Encoder(Graph(), fake_encoder.manifest).encode_rows(pixels(3), options).codes
+    gamma = 1 / (1 + np.exp(-logit.astype(np.float64)))
+    mu = np.where(logit > 0, 3 - logit, np.float32(-1.5) + logit)
+    expected = np.where(logit > threshold_logit(tau_q), np.sqrt(gamma) * mu, 0)
+    np.testing.assert_allclose(found.toarray(), expected, rtol=1e-6)
+    assert found.has_canonical_format
+    assert found.data.all()
+
+
+def test_a_query_value_is_never_zero(fake_encoder):
+    tiny = np.full((1, 16), -np.finfo(np.float32).smallest_subnormal, np.float32)
+    options = EncodeOptions(view="query", tau=1e-6)
+    session = Gives(code=tiny, spike_logit=np.full((1, 16), -13, np.float32))
+    found = Encoder(session, fake_encoder.manifest).encode_rows(pixels(1), options).codes
+    assert found.nnz == 16
+    assert (found.data < 0).all()
+
+
+def test_a_query_cut_to_its_strongest_latents_keeps_the_largest_values(fake_encoder):
+    code = np.array([[4.0, -3.0, 2.0, 0.0]], np.float32)
+    logit = np.array([[-2.0, 5.0, 5.0, -9.0]], np.float32)  # gamma 0.12, 0.99, 0.99
+    manifest = dataclasses.replace(fake_encoder.manifest, latent_dim=4)
+    encoder = Encoder(Gives(code=code, spike_logit=logit), manifest)
+    found = encoder.encode_rows(pixels(1), EncodeOptions(view="query", max_active=2)).codes
+    assert found.indices.tolist() == [1, 2]
+
+
+def test_a_query_takes_its_threshold_from_the_caller_the_model_or_the_default(fake_encoder):
+    told = dataclasses.replace(fake_encoder.manifest, query_tau=0.3)
+    facts = [
+        (EncodeOptions(view="query"), fake_encoder.manifest, (QUERY_TAU, 0.5)),
+        (EncodeOptions(view="query"), told, (0.3, 0.5)),
+        (EncodeOptions.for_query(told, 0.2), told, (0.2, 0.5)),
+        (EncodeOptions.for_query({"tau": 0.7}), told, (0.3, 0.7)),
+        (EncodeOptions(tau=0.4), told, (0.4, None)),
+        (PLAIN, told, (0.5, None)),
+    ]
+    for options, manifest, expected in facts:
+        assert options.thresholds(manifest) == expected
+        meta = Encoder(Gives(), manifest).provenance(options)
+        assert (meta["tau"], meta.get("stored_tau")) == expected
+    with pytest.raises(UsageError, match=r"thresholds out of order: queries keep gamma above 0\.3"):
+        EncodeOptions.for_query({"tau": 0.2}).thresholds(told)
+    with pytest.raises(UsageError, match="thresholds out of order"):
+        Encoder(Gives(), told).encode_rows(pixels(1), EncodeOptions(view="query", tau=0.6))
+
+
+@pytest.mark.parametrize("query_tau", [0.0, 0.51, float("nan")])
+def test_a_manifest_whose_query_threshold_cannot_be_is_refused(fake_encoder, query_tau):
+    with pytest.raises(ValueError, match="query_tau must be above 0 and at most tau"):
+        dataclasses.replace(fake_encoder.manifest, query_tau=query_tau)
+
+
 @pytest.mark.parametrize("options", [{}, {"view": "spike"}, {"max_active": 2}, {"tau": 0.3}])
 def test_uncertainty_goes_with_the_entries(full_encoder, full_session, options):
     rows = pixels(40)
@@ -369,7 +439,15 @@ def test_logits_and_variances_that_are_no_numbers_are_refused(fake_encoder, name
     ("options", "message"),
     [
         ({"tau": 1.0}, "tau must be above 0 and below 1, not 1.0"),
-        ({"view": "mode"}, "view must be one of mean, gamma, spike, not mode"),
+        ({"view": "mode"}, "view must be one of mean, gamma, spike, query, not mode"),
+        ({"stored_tau": 0.5}, '`stored_tau` is for queries: give `view="query"` too'),
+        ({"view": "query", "stored_tau": 0.0}, "tau must be above 0 and below 1, not 0.0"),
+        (
+            {"view": "query", "tau": 0.6, "stored_tau": 0.5},
+            "thresholds out of order: queries keep gamma above 0.6, the rows they are for gamma"
+            " above 0.5. A query keeps at least what a row keeps: encode queries with a `tau` of at"
+            " most 0.5.",
+        ),
         ({"max_active": 0}, "max_active must be 1 or more, not 0"),
     ],
 )
@@ -390,6 +468,8 @@ def test_a_query_is_made_with_the_options_of_the_codes(full_encoder):
     meta = json.loads(json.dumps(full_encoder.provenance(options)))
     assert EncodeOptions.of_codes(meta) == options
     assert EncodeOptions.of_codes({}) == PLAIN
+    query = EncodeOptions(view="query", tau=0.2, stored_tau=0.7)
+    assert EncodeOptions.of_codes(full_encoder.provenance(query)) == query
     with pytest.raises(UsageError, match=r"changed since they were encoded \(sign: split\)"):
         EncodeOptions.of_codes(meta | {"sign": "split"})
 

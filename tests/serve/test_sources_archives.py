@@ -22,7 +22,7 @@ import pytest
 from backports import zstd
 
 from vsc_serve.errors import InputError, SourceUnavailable, UsageError
-from vsc_serve.sources import RETRY, RetryPolicy, Source, find_sources, places, unique
+from vsc_serve.sources import RETRY, RetryPolicy, Source, find_sources, open_files, unique
 from vsc_serve.sources.tar import TarSource, open_tar
 from vsc_serve.sources.zip import ZipSource
 
@@ -140,7 +140,7 @@ def test_few_archives_stay_open_however_many_are_read(tmp_path):
     for number in range(12):
         write_tar(tmp_path / f"{number:02}.tar")
     assert len(contents(tmp_path)) == 12 * len(MEMBERS)
-    assert len(places._open.handles) <= 4
+    assert len(open_files._open.handles) <= 4
 
 
 def test_finding_members_takes_no_memory_for_each(tmp_path, monkeypatch):
@@ -339,7 +339,7 @@ def test_damaged_archives_give_sources_or_reasons_and_nothing_else(ending, tmp_p
         for _ in range(rng.integers(1, 6)):
             content[rng.integers(len(content))] = rng.integers(256)
         path.write_bytes(content)
-        places._open.handles = OrderedDict()
+        open_files._open.handles = OrderedDict()
         for source in find_sources([str(path)], ids="absolute"):
             with suppress(InputError):
                 source.read()

@@ -22,7 +22,7 @@ SHARD_FORMAT: Final = 1
 _MAX_LIST_BYTES: Final = 2**26
 """Half a million shards."""
 
-_SAME_IN_ALL_SHARDS: Final = ("format", "model_digest", "tau", "view", "max_active")
+_SAME_IN_ALL_SHARDS: Final = ("format", "model_digest", "tau", "view", "max_active", "stored_tau")
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -29,7 +29,7 @@ _MEMBERS: Final = frozenset(
 
 _META: Final[dict[str, Any]] = {
     **dict.fromkeys(("model", "model_digest", "view", "engine", "vsc_serve", "sign"), str | None),
-    "tau": float | None,
+    **dict.fromkeys(("tau", "stored_tau"), float | None),
     "max_active": int | None,
 }
 """Types of what provenance says, where it says it."""

@@ -17,6 +17,7 @@ from vsc_serve.convert.kinds import BIGANN, HDF5, LINES, PARQUET
 from vsc_serve.convert.limits import SMALLEST_NORMAL, Limits, check
 from vsc_serve.convert.rows import LONG_ROW, Block, Rows, Survey, gather, survey
 from vsc_serve.errors import InputError, UsageError
+from vsc_serve.options import SIGNED_VIEWS
 from vsc_serve.outputs import FileKind, check_output
 
 Sign = Literal["auto", "split", "keep", "error"]
@@ -184,7 +185,7 @@ def _must_split(facts: Survey, sign: Sign, limits: Limits) -> bool:
         raise UsageError('`sign="split"`: these codes are split already. Leave it out.')
     if sign != "auto" or limits.is_signed or facts.is_split:
         return sign == "split"
-    return facts.negative_rows > 0 or facts.meta.get("view") == "mean"
+    return facts.negative_rows > 0 or facts.meta.get("view") in SIGNED_VIEWS
 
 
 def _notes(planned: Planned) -> list[str]:

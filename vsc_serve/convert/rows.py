@@ -17,7 +17,7 @@ LONG_ROW: Final = 1000
 
 _BLOCK_ROWS: Final = 4096
 """Rows that are turned into text together."""
-_SAME_IN_ALL: Final = ("model_digest", "tau", "view", "max_active", "sign")
+_SAME_IN_ALL: Final = ("model_digest", "tau", "view", "max_active", "stored_tau", "sign")
 
 
 class Block(NamedTuple):

@@ -1,16 +1,27 @@
 """Exact nearest codes, and why they are near: a dot product is a sum over shared features."""
 
+from collections.abc import Callable, Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
-from typing import Final, Literal, get_args
+from itertools import starmap
+from typing import Final, Literal, NamedTuple, get_args
 
 import numpy as np
 from numpy.typing import NDArray
 
 from vsc_serve.codes import Codes
+from vsc_serve.cpus import usable_cpus
 from vsc_serve.errors import InputError, UsageError
 
 Metric = Literal["cosine", "dot"]
 METRICS: Final = get_args(Metric)
+
+_QUERY_BLOCK: Final = 32
+"""Queries that are scored together: their dense form stays in a processor's cache."""
+_SCORE_BLOCK: Final = 2**19
+"""Scores that are held at a time by a thread, 4 MiB."""
+_SAMPLE: Final = 1024
+"""Rows, at least, that a first bound of the best scores is taken from."""
 
 
 @dataclass(frozen=True)
@@ -37,10 +48,22 @@ class Hit:
     """Cosine or dot product with the query."""
 
 
-def search(codes: Codes, query: Codes, *, top: int = 10, metric: Metric = "cosine") -> list[Hit]:
-    """Find the rows most like the query, exactly.
+class Nearest(NamedTuple):
+    """The best rows of several queries, best first."""
 
-    The cosine with an empty code is 0. Equal scores are in row order.
+    rows: NDArray[np.int64]
+    """Row numbers, shape (queries, hits)."""
+    scores: NDArray[np.float64]
+    """Their scores, of the same shape."""
+
+    def hits(self, query: int) -> list[Hit]:
+        """Return the hits of one query."""
+        pair = self.rows[query].tolist(), self.scores[query].tolist()
+        return list(starmap(Hit, zip(*pair, strict=True)))
+
+
+def search(codes: Codes, query: Codes, *, top: int = 10, metric: Metric = "cosine") -> list[Hit]:
+    """Find the rows most like the query, exactly: `search_many` of one query.
 
     Args:
         codes: What to search, shape (images, latents).
@@ -52,18 +75,51 @@ def search(codes: Codes, query: Codes, *, top: int = 10, metric: Metric = "cosin
         At most `top` hits, best first.
 
     Raises:
-        InputError: The query has another number of latents than the codes.
+        InputError: As `search_many`.
         UsageError: `top` or `metric` makes no sense.
     """
-    if top < 1:
-        raise UsageError(f"`top` must be at least 1, not {top}")
-    scores = _scores(codes, query, metric)
-    top = min(top, len(scores))
-    nearest = np.argpartition(-scores, top - 1)[:top] if top < len(scores) else np.arange(top)
-    worst = scores[nearest].min(initial=np.inf)
-    candidates = np.flatnonzero(scores >= worst)  # argpartition picks any of those that tie
-    order = np.argsort(-scores[candidates], kind="stable")[:top]
-    return [Hit(int(row), float(scores[row])) for row in candidates[order]]
+    return search_many(codes, query, top=top, metric=metric).hits(0)
+
+
+def search_many(
+    codes: Codes, queries: Codes, *, top: int = 10, metric: Metric = "cosine"
+) -> Nearest:
+    """Find the rows most like each query, exactly.
+
+    The score of query a and row z is a . z, or for `cosine` a . z / (|a| |z|), which ranks rows as
+    a . z / |z| does. A row that shares no latent with the query, and any row where one of both is
+    empty, scores 0: below every positive score and above every negative one. Equal scores are in
+    row order. Query and rows need not be made alike: a query may keep more latents.
+
+    All processors work, each with a few MiB of scores, whatever the number of rows and queries.
+
+    Args:
+        codes: What to search, shape (images, latents).
+        queries: Codes, shape (queries, latents).
+        top: Hits wanted of each query, at least 1.
+        metric: `cosine` or `dot`.
+
+    Returns:
+        The best `top` rows of each query, or all where there are fewer.
+
+    Raises:
+        InputError: Queries have another number of latents than the codes; or one of both holds
+            values that are not finite.
+        UsageError: `top` or `metric` makes no sense.
+    """
+    _refuse_wrong(codes, queries, top, metric)
+    row_norms, query_norms = _norms(codes, "codes"), _norms(queries, "queries")
+
+    def nearest(start: int) -> Nearest:
+        block = slice(start, start + _QUERY_BLOCK)
+        dense = np.ascontiguousarray(queries[block].toarray().T, np.float64)
+        norms = None if metric == "dot" else (row_norms, query_norms[block])
+        return _keep_best(_score_blocks(codes, dense, norms), _none(dense.shape[1], top))
+
+    top = min(top, codes.shape[0])
+    starts = range(0, queries.shape[0], _QUERY_BLOCK)
+    found = [_none(0, top), *_on_all_processors(nearest, starts)]
+    return Nearest(*map(np.concatenate, zip(*found, strict=True)))
 
 
 def explain(
@@ -80,7 +136,7 @@ def explain(
     hit = codes[[row]]
     latents, in_query, in_hit = np.intersect1d(query.indices, hit.indices, return_indices=True)
     query_values, hit_values = query.data[in_query], hit.data[in_hit]
-    scale = 1.0 if metric == "dot" else _norms(query)[0] * _norms(hit)[0]
+    scale = 1.0 if metric == "dot" else _norms(query, "queries")[0] * _norms(hit, "codes")[0]
     parts = query_values.astype(np.float64) * hit_values / (scale or 1.0)
     order = np.argsort(-np.abs(parts), kind="stable")
     return [
@@ -91,24 +147,106 @@ def explain(
     ]
 
 
-def _scores(codes: Codes, query: Codes, metric: Metric) -> NDArray[np.float64]:
+def _refuse_wrong(codes: Codes, queries: Codes, top: int, metric: Metric) -> None:
+    if top < 1:
+        raise UsageError(f"`top` must be at least 1, not {top}")
     if metric not in METRICS:
         raise UsageError(f"`metric` must be one of {', '.join(METRICS)}, not {metric}")
-    if query.shape[1] != codes.shape[1]:
+    if queries.shape[1] != codes.shape[1]:
         raise InputError(
-            f"the query has {query.shape[1]} latents, the codes have {codes.shape[1]}."
+            f"the query has {queries.shape[1]} latents, the codes have {codes.shape[1]}."
             " Encode both with the same model."
         )
-    dense = query.toarray()[0].astype(np.float64)
-    products = np.asarray(codes.astype(np.float64) @ dense, np.float64)
-    if metric == "dot":
-        return products.reshape(-1)
-    norms = _norms(codes) * _norms(query)[0]
-    cosines: NDArray[np.float64] = np.zeros_like(norms)
-    np.divide(products, norms, out=cosines, where=norms > 0)
-    return cosines
 
 
-def _norms(codes: Codes) -> NDArray[np.float64]:
-    squares: NDArray[np.float64] = np.asarray(codes.astype(np.float64).power(2).sum(axis=1))
-    return np.sqrt(squares).reshape(-1)
+def _score_blocks(
+    codes: Codes,
+    dense: NDArray[np.float64],
+    norms: tuple[NDArray[np.float64], NDArray[np.float64]] | None,
+) -> Iterator[NDArray[np.float64]]:
+    """Yield the scores of consecutive rows, shape (rows, queries).
+
+    Each score is summed in the order of the latents, so that it does not depend on the blocks.
+
+    Args:
+        codes: All rows.
+        dense: Queries, shape (latents, queries).
+        norms: Norms of all rows and of the queries, to divide by; None for dot products.
+    """
+    size = max(1, _SCORE_BLOCK // dense.shape[1])
+    for start in range(0, codes.shape[0], size):
+        scores = np.asarray(codes[start : start + size].astype(np.float64) @ dense, np.float64)
+        if norms is not None:
+            scale = norms[0][start : start + size, None] * norms[1]
+            np.divide(scores, scale, out=scores, where=scale > 0)  # of an empty code it is 0
+        yield scores
+
+
+def _none(query_count: int, top: int) -> Nearest:
+    """Return hits that any row is better than."""
+    shape = (query_count, top)
+    return Nearest(np.full(shape, -1, np.int64), np.full(shape, -np.inf))
+
+
+def _keep_best(blocks: Iterator[NDArray[np.float64]], best: Nearest) -> Nearest:
+    """Go through blocks of scores of consecutive rows; put the best rows of each query into `best`.
+
+    Few rows pass once the first block is done: an equal score comes after those of earlier rows.
+    """
+    start = 0
+    for scores in blocks:
+        passes = scores > best.scores[:, -1] if start else scores >= _bound(scores, best)
+        rows, queries = np.nonzero(passes)
+        _merge(best, queries, rows + start, scores[rows, queries])
+        start += len(scores)
+    return best
+
+
+def _bound(scores: NDArray[np.float64], best: Nearest) -> NDArray[np.float64]:
+    """Return a score for each query that enough of the rows reach, from a sample of them."""
+    top = best.scores.shape[1]
+    sample = scores[: max(_SAMPLE, 8 * top)]
+    if len(sample) < top:
+        return np.full(scores.shape[1], -np.inf)
+    place = len(sample) - top
+    bound: NDArray[np.float64] = np.partition(sample, place, axis=0)[place]
+    return bound
+
+
+def _merge(
+    best: Nearest, queries: NDArray[np.intp], rows: NDArray[np.int64], scores: NDArray[np.float64]
+) -> None:
+    """Put candidates, in row order, into the best rows of their queries."""
+    changed, top = np.unique(queries), best.scores.shape[1]
+    all_queries = np.concatenate([np.repeat(changed, top), queries])
+    all_rows = np.concatenate([best.rows[changed].ravel(), rows])
+    all_scores = np.concatenate([best.scores[changed].ravel(), scores])
+    order = np.lexsort((-all_scores, all_queries))  # stable: equal scores stay in row order
+    grouped = all_queries[order]
+    chosen = order[np.arange(len(order)) - np.searchsorted(grouped, grouped) < top]
+    best.rows[changed] = all_rows[chosen].reshape(-1, top)
+    best.scores[changed] = all_scores[chosen].reshape(-1, top)
+
+
+def _on_all_processors(work: Callable[[int], Nearest], starts: Sequence[int]) -> list[Nearest]:
+    """Do the work of all blocks; products and comparisons of arrays release the GIL."""
+    if len(starts) <= 1:
+        return list(map(work, starts))
+    with ThreadPoolExecutor(usable_cpus()) as threads:
+        return list(threads.map(work, starts))
+
+
+def _norms(codes: Codes, name: str) -> NDArray[np.float64]:
+    """Return the norm of each row. Raises InputError for values that are not finite."""
+    entries = codes.astype(np.float64)
+    np.square(entries.data, out=entries.data)
+    squares = np.asarray(entries @ np.ones(codes.shape[1]), np.float64)
+    bad = np.flatnonzero(~np.isfinite(squares))
+    if len(bad):
+        raise InputError(
+            f"row {bad[0]} of the {name} holds values that are not finite (NaN or infinity)."
+            " Encode again.",
+            kind="not finite",
+            row=int(bad[0]),
+        )
+    return np.sqrt(squares)

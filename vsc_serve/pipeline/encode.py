@@ -156,8 +156,9 @@ def _open_previous(
 
 def _describe(job: Job, bundle: Bundle, engine: str) -> str:
     manifest = bundle.manifest
-    tau = manifest.tau if job.options.tau is None else job.options.tau
+    tau, stored_tau = job.options.thresholds(manifest)
+    queries = "" if stored_tau is None else f" (queries for rows of tau {stored_tau:g})"
     return (
-        f"{job.model}  {manifest.name}, J={manifest.latent_dim}, tau {tau:g},"
+        f"{job.model}  {manifest.name}, J={manifest.latent_dim}, tau {tau:g}{queries},"
         f" weights {manifest.digest[:6]}, {engine}"
     )

@@ -10,7 +10,7 @@ from vsc_serve.codes import CodeFile, CodeRows, read_codes, stack_rows, take_row
 from vsc_serve.executors.digests import save_digests
 from vsc_serve.options import EncodeOptions
 
-_SAME: Final = ("model_digest", "tau", "view", "max_active", "engine")
+_SAME: Final = ("model_digest", "tau", "view", "max_active", "stored_tau", "engine")
 
 
 class PreviousCodes:
