@@ -22,7 +22,7 @@ QUERIES: Final = 5_000
 """Test rows that are asked, at most."""
 
 _BYTES_PER_NORM: Final = 4
-_CENTERED_FROM: Final = 0.5
+_CENTERED_FROM: Final = 0.25
 """Share of the mean square of rows that is their mean's, from which neighbours are of the centred
 rows: above it all cosines are close to 1, as after a ReLU."""
 
