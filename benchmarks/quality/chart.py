@@ -17,11 +17,12 @@ _FAMILIES: Final = {
     "vsc-search": ("VSC, recipe search", "#1b7a5a"),
     "vsc-sparse": ("VSC, recipe sparse", "#8c8c8c"),
 }
-_STAGES: Final = {
-    "first": (("wider query", "plain"), "-", "o"),
-    "second": (("second stage, refitted",), "--", "s"),
+_VIEWS: Final = {
+    "plain": ("-", "o"),
+    "wider query": (":", "^"),
+    "second stage, refitted": ("--", "s"),
 }
-"""Views drawn of each stage: the first that a model has."""
+"""Views that are drawn, where a model has them."""
 _DOTS_PER_INCH: Final = 130
 
 
@@ -46,7 +47,9 @@ def draw_charts(results: Sequence[Result], folder: Path) -> None:
         _draw(data, drawn, folder / f"search-{data}.png")
 
 
-def curves(results: Sequence[Result], axis: str) -> dict[tuple[str, str], list[tuple[float, float]]]:
+def curves(
+    results: Sequence[Result], axis: str
+) -> dict[tuple[str, str], list[tuple[float, float]]]:
     """Return the points of each curve, from left to right.
 
     Args:
@@ -54,19 +57,17 @@ def curves(results: Sequence[Result], axis: str) -> dict[tuple[str, str], list[t
         axis: The metric along the horizontal axis: `bytes` or `search_cost`.
 
     Returns:
-        For each family and stage, pairs of the axis and recall@10, one for each active count.
+        For each family and view, pairs of the axis and recall@10, one for each active count.
     """
     points: dict[tuple[str, str], list[tuple[float, float]]] = {}
     for family in _FAMILIES:
-        for stage, (views, _, _) in _STAGES.items():
-            own = [line for line in results if line["model"].startswith(family)]
-            view = next((name for name in views if any(l["view"] == name for l in own)), None)
+        for view in _VIEWS:
             groups: dict[int, list[Result]] = defaultdict(list)
-            for line in own:
-                if line["view"] == view:
+            for line in results:
+                if line["model"].startswith(family) and line["view"] == view:
                     groups[line["asked"]].append(line)
             if groups:
-                points[family, stage] = sorted(
+                points[family, view] = sorted(
                     (_mean(group, axis), _mean(group, "recall_10")) for group in groups.values()
                 )
     return points
@@ -77,11 +78,11 @@ def _draw(data: str, results: Sequence[Result], path: Path) -> None:
     figure, panels = pyplot.subplots(1, 2, figsize=(11, 4.6), sharey=True, layout="constrained")
     titles = (("bytes", "bytes of a stored row"), ("search_cost", "multiplications per stored row"))
     for panel, (axis, title) in zip(panels, titles, strict=True):
-        for (family, stage), pairs in curves(results, axis).items():
+        for (family, view), pairs in curves(results, axis).items():
             name, colour = _FAMILIES[family]
-            _, line, marker = _STAGES[stage]
-            label = f"{name}, {'second stage' if stage == 'second' else 'first stage'}"
-            panel.plot(*zip(*pairs, strict=True), line, marker=marker, color=colour, label=label)
+            line, marker = _VIEWS[view]
+            places = tuple(zip(*pairs, strict=True))
+            panel.plot(*places, line, marker=marker, color=colour, label=f"{name}, {view}")
         panel.set_xscale("log", base=2)
         panel.set_xlabel(title)
         panel.grid(alpha=0.3)

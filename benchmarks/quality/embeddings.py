@@ -52,14 +52,14 @@ def embed_texts(
 
 
 def _text(given: argparse.Namespace) -> tuple[NDArray[np.float32], NDArray[np.int64]]:
-    model = minilm.MiniLm(given.weights)
+    model = minilm.MiniLm.open(given.weights)
     definitions, labels = read_definitions(given.folder)
     chosen = np.random.default_rng(given.seed).permutation(len(definitions))[: given.count]
     return embed_texts([definitions[number] for number in chosen], model), labels[chosen]
 
 
 def _photographs(given: argparse.Namespace) -> tuple[NDArray[np.float32], NDArray[np.int64]]:
-    model = efficientnet.EfficientNetLite0(given.weights)
+    model = efficientnet.EfficientNetLite0.open(given.weights)
     spec = PixelSpec(height=efficientnet.SIDE, width=efficientnet.SIDE, channels=3)
     sources, embeddings, classes = list(find_sources([str(given.folder)])), [], []
     for start in range(0, len(sources), _IMAGES_AT_ONCE):

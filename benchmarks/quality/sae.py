@@ -1,21 +1,21 @@
-"""Sparse autoencoders for vectors at full strength: TopK and CSR, both linear, as they are published.
+"""Sparse autoencoders for vectors at full strength: TopK and CSR, linear, as they are published.
 
 With x the row, centred and scaled to unit mean square, and W_e, W_d of shape (latents, dimensions):
 
-    a = W_e (x - b) + c,   z_k = the k largest of a, where positive,   decoded = z_k W_d + b
+    a = W_e (x - b) + c,   z_k = the k largest of a, where positive,   x_k = z_k W_d + b
 
-    TopK  |x - decoded|^2 + 1/32 AuxK                  W_d of unit rows, from W_d = W_e on
-    CSR   the same + 1/8 |x - decoded from z_4k|^2 + 0.1 InfoNCE(z_k, z_k; T = 0.2), with W_d = W_e
+    TopK  |x - x_k|^2 + 1/32 AuxK, with the rows of W_d of length 1 and W_d = W_e at the start
+    CSR   |x - x_k|^2 + 1/32 AuxK + 1/8 |x - x_4k|^2 + 0.1 InfoNCE(z_k, T = 0.2), with W_d = W_e
 
-TopK: Gao et al. 2024, "Scaling and evaluating sparse autoencoders", sections 2 and 3, appendix A. CSR:
-Wen et al. 2025, "Beyond Matryoshka: Revisiting Sparse Coding for Adaptive Representation". Errors
-are means over rows and dimensions. `baselines` has TopK with the layers of VSC, for images.
+TopK: Gao et al. 2024, "Scaling and evaluating sparse autoencoders", section 2 and appendix A.
+CSR: Wen et al. 2025, "Beyond Matryoshka: Revisiting Sparse Coding for Adaptive Representation".
+Errors are means over rows and dimensions. `baselines` has TopK with the layers of VSC, for images.
 """
 
 import math
 from collections.abc import Iterator
 from dataclasses import dataclass
-from typing import Final, NamedTuple
+from typing import Any, Final, NamedTuple
 
 import numpy as np
 import torch
@@ -28,6 +28,10 @@ _DEAD_AFTER_ROWS: Final = 10_000
 _DROP_AT: Final = 0.8
 """Share of the rows after which the learning rate is a tenth, as in the recipes of VSC."""
 _EPSILON: Final = 1e-6
+
+
+CSR: Final[dict[str, Any]] = {"is_tied": True, "wide_weight": 1 / 8, "contrast_weight": 0.1}
+"""Settings that make CSR of TopK."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -56,12 +60,6 @@ class SaeSettings:
     """Rows of all steps together."""
     seed: int = 0
     """Seed of weights and order."""
-
-    @classmethod
-    def csr(cls, **fields: int | float) -> "SaeSettings":
-        """Return the settings of CSR, with single fields set otherwise."""
-        published = {"is_tied": True, "wide_weight": 1 / 8, "contrast_weight": 0.1}
-        return cls(**published | fields)  # type: ignore[arg-type]  # a table of mixed types
 
     @property
     def steps(self) -> int:
@@ -171,7 +169,7 @@ class SparseAutoencoder(nn.Module):
     def normalize_decoder(self) -> None:
         """Give the decoder's rows length 1, unless they are the encoder's too."""
         if self.own_decoder is not None:
-            self.own_decoder /= self.own_decoder.norm(dim=1, keepdim=True)
+            self.own_decoder.div_(self.own_decoder.norm(dim=1, keepdim=True))
 
 
 def choose_largest(activations: Tensor, count: int) -> Chosen:
@@ -217,9 +215,7 @@ def _batches(row_count: int, settings: SaeSettings) -> Iterator[Tensor]:
 
 def _summed(chosen: Chosen, weight: Tensor) -> Tensor:
     """Return codes times weights, shape (rows, dimensions)."""
-    return F.embedding_bag(
-        chosen.latents, weight, per_sample_weights=chosen.values, mode="sum"
-    )
+    return F.embedding_bag(chosen.latents, weight, per_sample_weights=chosen.values, mode="sum")
 
 
 def _contrast(codes: Tensor, temperature: float) -> Tensor:

@@ -53,7 +53,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
         for name, source in read_sources(given.data).items():
             dataset = load_dataset(source)
             if given.validation:
-                dataset = split_off(dataset.train, _VALIDATION_SHARE)
+                dataset = split_off(dataset.train, _VALIDATION_SHARE, b"validation")
             runs = list(_runs(given, name))
             _do(runs, dataset, given)
             _print(name, given, runs, dataset)

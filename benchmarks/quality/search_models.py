@@ -2,7 +2,7 @@
 
 import math
 from collections.abc import Iterator, Sequence
-from dataclasses import asdict, dataclass, fields, replace
+from dataclasses import asdict, dataclass, fields
 from pathlib import Path
 from typing import Any, Final, Protocol
 
@@ -11,7 +11,7 @@ import torch
 from numpy.typing import NDArray
 
 from benchmarks.quality.runs import digest_of, fit_vsc, keep, restore
-from benchmarks.quality.sae import SaeSettings, SparseAutoencoder, fit_sae
+from benchmarks.quality.sae import CSR, SaeSettings, SparseAutoencoder, fit_sae
 from vsc_serve.codes import Codes, dense_to_csr
 from vsc_serve.errors import UsageError
 from vsc_serve.linear_map import LinearMap
@@ -132,6 +132,7 @@ class VscCoder:
     def linear_map(self) -> LinearMap:
         """Return the map that an export of this model would have."""
         from vsc_export.linear_map import decoder_map, make_linear_map
+
         own = decoder_map(self._model)
         if own is not None:
             return own
@@ -172,9 +173,10 @@ def settings_of(run: SearchRun, data: DataSpec) -> SaeSettings | Recipe | None:
         return _recipe_of(run, number, data)
     if kind not in ("topk", "csr") or not number.isdecimal():
         raise UsageError(f"--models {run.model}: expected some of {', '.join(MODELS)}")
-    own = {"k": int(number), "latent_dim": run.latent_dim, "rows_seen": run.rows_seen}
-    own |= {"seed": run.seed} | dict(_parsed(text) for text in run.overrides)
-    return SaeSettings(**own) if kind == "topk" else SaeSettings.csr(**own)
+    own: dict[str, Any] = {"k": int(number), "seed": run.seed}
+    own |= {"latent_dim": run.latent_dim, "rows_seen": run.rows_seen}
+    own |= dict(_parsed(text) for text in run.overrides)
+    return SaeSettings(**CSR | own) if kind == "csr" else SaeSettings(**own)
 
 
 def digest(run: SearchRun, data: DataSpec) -> str:
@@ -206,6 +208,7 @@ def fit_search_model(run: SearchRun, examples: Examples, weights: Path | None) -
 
 def _recipe_of(run: SearchRun, name: str, data: DataSpec) -> Recipe:
     from vsc_training.resolve import resolve
+
     recipe = load_recipe(name)
     own = [f"latent_dim={run.latent_dim}", f"steps={run.rows_seen // recipe.batch_size}"]
     own += [f"seed={run.seed}", "validation_share=0.0", "on_collapse=warn", *run.overrides]
@@ -225,4 +228,5 @@ def _parsed(text: str) -> tuple[str, int | float]:
 
 
 def _batches(rows: NDArray[np.float32]) -> Sequence[torch.Tensor]:
-    return torch.from_numpy(rows).split(_BATCH)
+    parts: Sequence[torch.Tensor] = torch.from_numpy(rows).split(_BATCH)
+    return parts

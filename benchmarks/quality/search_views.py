@@ -9,6 +9,7 @@ from numpy.typing import NDArray
 
 from benchmarks.quality.search_models import SearchCoder
 from vsc_serve.codes import Codes
+from vsc_serve.index.exact import search_many
 from vsc_serve.index.rerank import CANDIDATES, candidate_norms, rerank
 from vsc_serve.linear_map import LinearMap
 from vsc_training.evaluation import retrieval
@@ -108,7 +109,7 @@ def measure_views(coder: SearchCoder, active: float, data: SearchData) -> Iterat
 
 def first_stage(name: str, stored: Codes, queries: Codes) -> View:
     """Search by the cosine of codes."""
-    found = retrieval.nearest(stored, queries, k=TOP)
+    found = search_many(stored, queries, top=TOP).rows
     cost = asymmetric_cost(stored, queries)
     return View(name, _active(stored), found, cost, retrieval.bytes_per_row(stored))
 
@@ -122,7 +123,7 @@ def second_stage(
     product that makes u of a query, as large as a linear encoder, is left out, as encoding is.
     """
     depth = min(CANDIDATES, stored.shape[0])
-    candidates = retrieval.nearest(stored, queries, k=depth)
+    candidates = search_many(stored, queries, top=depth).rows
     u, c = linear_map.project(rows)
     norms = candidate_norms(linear_map, stored, candidates)
     hits = rerank(candidates, stored, norms, u, c, top=TOP)
