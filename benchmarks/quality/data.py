@@ -1,10 +1,11 @@
 """The data sets of the benchmark: rows to fit and rows to test, with labels or true factors."""
 
+import hashlib
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from functools import cache
 from pathlib import Path
-from typing import Final
+from typing import Any, Final
 
 import numpy as np
 from numpy.typing import NDArray
@@ -76,12 +77,30 @@ def read_sources(arguments: Sequence[str]) -> dict[str, str]:
 
 
 def _split(examples: Examples) -> Dataset:
-    order = np.random.default_rng(0).permutation(len(examples.rows))
-    test_count = int(_TEST_SHARE * len(order))
-    return Dataset(_pick(examples, order[test_count:]), _pick(examples, order[:test_count]))
+    return split_off(examples, _TEST_SHARE, b"test")
 
 
-def _pick(examples: Examples, numbers: NDArray[np.int64]) -> Examples:
+def split_off(examples: Examples, share: float, salt: bytes) -> Dataset:
+    """Split by the content of the rows, so that equal rows are all on one side.
+
+    Args:
+        examples: The rows.
+        share: Share of the rows that become the test.
+        salt: Another one gives another choice: needed to split a part that was split off.
+    """
+    keys = np.array([_key(row, salt) for row in examples.rows])
+    is_test = keys < share * 2**32
+    return Dataset(
+        _pick(examples, np.flatnonzero(~is_test)), _pick(examples, np.flatnonzero(is_test))
+    )
+
+
+def _key(row: NDArray[Any], salt: bytes) -> int:
+    digest = hashlib.blake2b(row.tobytes(), digest_size=4, salt=salt).digest()
+    return int.from_bytes(digest, "little")
+
+
+def _pick(examples: Examples, numbers: NDArray[np.intp]) -> Examples:
     return replace(
         examples,
         rows=np.ascontiguousarray(examples.rows[numbers]),

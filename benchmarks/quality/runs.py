@@ -140,7 +140,12 @@ def recipe_of(run: Run) -> Recipe:
 
 def recipe_digest(run: Run) -> str:
     """Return a digest of the run's recipe: what another recipe gave is not its result."""
-    return hashlib.sha256(recipe_of(run).to_toml().encode()).hexdigest()[:8]
+    return digest_of(recipe_of(run).to_toml())
+
+
+def digest_of(text: str) -> str:
+    """Return eight hexadecimal digits."""
+    return hashlib.sha256(text.encode()).hexdigest()[:8]
 
 
 def fit_run(run: Run, examples: Examples, weights: Path | None) -> dict[str, Coder]:
@@ -162,7 +167,7 @@ def fit_run(run: Run, examples: Examples, weights: Path | None) -> dict[str, Cod
         return {"": Pca(rows.take(torch.arange(len(examples.rows))), int(number))}
     recipe = recipe_of(run)
     if kind == "vsc":
-        model = _fit_vsc(recipe, examples, _file(run, weights))
+        model = fit_vsc(recipe, examples, _file(run, weights))
         return {f"tau {tau}": VscCoder(model, tau) for tau in run.taus}
     layers = make_layers(recipe, examples)
     baseline: DenseVae | TopK
@@ -176,19 +181,20 @@ def fit_run(run: Run, examples: Examples, weights: Path | None) -> dict[str, Cod
     return {"": baseline}
 
 
-def _fit_vsc(recipe: Recipe, examples: Examples, kept: Path | None) -> VSC:
+def fit_vsc(recipe: Recipe, examples: Examples, kept: Path | None) -> VSC:
+    """Fit VSC to all rows, or read its weights from a file that `keep` wrote."""
     trainer = Trainer(recipe, examples, torch.device("cpu"))
-    if not _restore(trainer.model, kept):
+    if not restore(trainer.model, kept):
         while trainer.step < recipe.steps:
             trainer.advance()
-        _keep(trainer.model, kept)
+        keep(trainer.model, kept)
     return trainer.model.eval()
 
 
 def _fit_baseline(model: Baseline, recipe: Recipe, examples: Examples, kept: Path | None) -> None:
-    if not _restore(model, kept):
+    if not restore(model, kept):
         fit_baseline(model, recipe, examples)
-        _keep(model, kept)
+        keep(model, kept)
     model.eval()
 
 
@@ -196,14 +202,16 @@ def _file(run: Run, weights: Path | None) -> Path | None:
     return weights / f"{run.name}-{recipe_digest(run)}.safetensors" if weights else None
 
 
-def _restore(model: nn.Module, kept: Path | None) -> bool:
+def restore(model: nn.Module, kept: Path | None) -> bool:
+    """Read the weights of a model, and return whether there were any."""
     if kept is None or not kept.is_file():
         return False
     model.load_state_dict(load_file(kept))
     return True
 
 
-def _keep(model: nn.Module, kept: Path | None) -> None:
+def keep(model: nn.Module, kept: Path | None) -> None:
+    """Write the weights of a model, where a file is asked for."""
     if kept is not None:
         kept.parent.mkdir(parents=True, exist_ok=True)
         save_file(model.state_dict(), kept)

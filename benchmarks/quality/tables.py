@@ -55,6 +55,14 @@ CLAIM: Final = (
     Column("squared_error", "squared error", 2),
     *FACTORS,
 )
+SEARCH: Final = (
+    Column("active", "active", 1),
+    Column("bytes", "bytes", 0),
+    Column("search_cost", "search cost", 2),
+    Column("recall_10", "recall@10", 3),
+    Column("knn", "kNN", 3),
+    Column("precision_10", "precision@10", 3),
+)
 
 
 def comparison_table(results: Sequence[Result]) -> str:
@@ -79,6 +87,20 @@ def claim_table(results: Sequence[Result]) -> str:
     return _table(
         rows, "model, J", CLAIM, lambda result: f"{result['model']}, {result['latent_dim']}"
     )
+
+
+def search_table(results: Sequence[Result]) -> str:
+    """Return every view of every model in the search comparison."""
+    return _table(results, "model, view", SEARCH, search_name)
+
+
+def search_name(result: Result) -> str:
+    """Return the model, its active count where that is not in its name, and the view."""
+    model, active = result["model"], result["asked"]
+    if model == result["view"]:
+        return str(model)
+    asked = f" at {active}" if model.startswith("vsc") else ""
+    return f"{model}{asked}, {result['view']}"
 
 
 def _view_name(result: Result) -> str:

@@ -43,8 +43,11 @@ def test_what_is_kept_out_of_training_does_not_count() -> None:
 
 
 def test_what_is_asked_for_is_kept() -> None:
-    one = resolve(recipe_of("weight_decay=0.7"), examples_of(1000))
-    assert (one.input_dropout, one.weight_decay) == (0.3, 0.7)
+    for asked in ("weight_decay=0.7", "weight_decay=0"):
+        one = resolve(recipe_of(asked), examples_of(1000))
+        assert (one.input_dropout, one.weight_decay) == (0.0, recipe_of(asked).weight_decay)
+    both = resolve(recipe_of("weight_decay=0.7", "regularisation=auto"), examples_of(1000))
+    assert (both.input_dropout, both.weight_decay) == (0.3, 0.7)
     none = resolve(recipe_of("regularisation=none"), examples_of(1000))
     assert (none.input_dropout, none.weight_decay) == (0.0, 0.0)
     paper = resolve(load_recipe("paper"), examples_of(1000))

@@ -204,7 +204,10 @@ def load_recipe(name: str, overrides: Sequence[str] = (), *, active: float | Non
     Raises:
         UsageError: No such recipe, an unknown field (the nearest name is suggested) or a bad value.
     """
-    values = _read_toml(name) | dict(_parse_override(text) for text in overrides)
+    given = dict(_parse_override(text) for text in overrides)
+    if given.keys() & {"input_dropout", "weight_decay"}:
+        given = {"regularisation": "none"} | given  # who sets one of them has chosen
+    values = _read_toml(name) | given
     recipe = recipe_from(values, where=f"recipe {name}")
     if active is None:
         return recipe

@@ -88,7 +88,7 @@ def draw_neighbours(found: Tensor, numbers: Tensor, generator: torch.Generator) 
     """
     shape, device = (len(numbers), 1), generator.device
     choice = torch.randint(found.shape[1], shape, generator=generator, device=device)
-    chosen: Tensor = found[numbers.cpu()].gather(1, choice.cpu())[:, 0].long()
+    chosen: Tensor = found[numbers].gather(1, choice.to(numbers.device))[:, 0].long()
     return chosen
 
 

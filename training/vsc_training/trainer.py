@@ -160,7 +160,8 @@ class Trainer:
                     "neighbour_pairs=views is for images: `recipe.neighbour_pairs=graph`"
                 )
             return None
-        return nearest_examples(self.dataset, self.train_numbers, recipe.seed)
+        found = nearest_examples(self.dataset, self.train_numbers, recipe.seed)
+        return found.to(self.dataset.index_device)
 
     def _partners(self, examples: Tensor, generator: torch.Generator) -> Tensor | None:
         """Draw a partner for each example of a batch; None without a neighbour term."""
