@@ -10,7 +10,7 @@ from numpy.typing import NDArray
 from benchmarks.quality.search_models import SearchCoder
 from vsc_serve.codes import Codes
 from vsc_serve.index.exact import search_many
-from vsc_serve.index.rerank import CANDIDATES, candidate_norms, rerank
+from vsc_serve.index.rerank import CANDIDATES, rerank
 from vsc_serve.linear_map import LinearMap
 from vsc_training.evaluation import retrieval
 
@@ -125,8 +125,7 @@ def second_stage(
     depth = min(CANDIDATES, stored.shape[0])
     candidates = search_many(stored, queries, top=depth).rows
     u, c = linear_map.project(rows)
-    norms = candidate_norms(linear_map, stored, candidates)
-    hits = rerank(candidates, stored, norms, u, c, top=TOP)
+    hits = rerank(candidates, stored, linear_map.norms(stored), u, c, top=TOP)
     found = np.array([[hit.row for hit in best] for best in hits], np.intp)
     active = _active(stored)
     cost = asymmetric_cost(stored, queries) + depth * active / stored.shape[0]
