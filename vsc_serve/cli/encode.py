@@ -44,22 +44,18 @@ _OnError = Literal["skip", "fail"]
 def encode(
     inputs: Annotated[
         list[str],
-        typer.Argument(help="Folders, files, patterns, archives, URLs; - reads a list."),
+        typer.Argument(help="Folders, files, patterns, archives, URLs, -."),
     ],
-    out: Annotated[Path, typer.Option(help="codes.npz, codes.parquet, or a folder for shards.")],
+    out: Annotated[Path, typer.Option(help="codes.npz, .parquet, or a folder.")],
     *,
     model: ModelOption = None,
     tau: Annotated[
         float | None, typer.Option(help="Spike threshold in place of the model's.")
     ] = None,
-    view: Annotated[
-        _View | None, typer.Option(help="Values: mean (default), gamma, spike or query.")
-    ] = None,
-    made_as: Annotated[
-        _As, typer.Option("--as", help="rows to store, or a query that keeps more.")
-    ] = "rows",
+    view: Annotated[_View | None, typer.Option(help="What values are (default: mean).")] = None,
+    made_as: Annotated[_As, typer.Option("--as", help="Rows to store, or wide queries.")] = "rows",
     stored_tau: Annotated[
-        float | None, typer.Option(help="Threshold of the rows a query is for (the model's).")
+        float | None, typer.Option(help="Tau of the rows that queries are for.")
     ] = None,
     max_active: Annotated[
         int | None, typer.Option(help="Keep this many active latents of an image.")
@@ -74,16 +70,14 @@ def encode(
     exclude: Annotated[
         list[str] | None, typer.Option(help="Pattern of paths to leave out; repeatable.")
     ] = None,
-    ids: Annotated[_Ids, typer.Option(help="relative, absolute or name.")] = "relative",
+    ids: Annotated[_Ids, typer.Option(help="How rows are named.")] = "relative",
     update: Annotated[
-        bool, typer.Option("--update", help="Encode only what is new or changed since --out.")
+        bool, typer.Option("--update", help="Encode only what is new or has changed.")
     ] = False,
-    shard: Annotated[str, typer.Option(help="Do share i of n of the images: 2/4.")] = "1/1",
+    shard: Annotated[str, typer.Option(help="Do share i of n: 2/4.")] = "1/1",
     shard_rows: Annotated[int, typer.Option(help="Images a shard.")] = _SHARD_ROWS,
     compress: Annotated[bool, typer.Option("--compress", help="Deflate the numbers.")] = False,
-    on_error: Annotated[
-        _OnError, typer.Option(help="skip or fail at an unreadable file.")
-    ] = "skip",
+    on_error: Annotated[_OnError, typer.Option(help="What an unreadable file does.")] = "skip",
     strict: Annotated[
         bool, typer.Option("--strict", help="Exit 3 if any file is unreadable.")
     ] = False,
