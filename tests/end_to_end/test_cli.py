@@ -305,7 +305,7 @@ def test_a_query_whose_code_is_empty_says_so(codes_file: Path, tmp_path: Path) -
     assert found.out == ""
     assert re.search(r"^query +the code of blank is empty: no latent is active", found.err, re.M)
     as_json = json.loads(vsc("search", path, "--like", "blank", "--json").out)
-    facts = {"like": "blank", "metric": "cosine", "query": "symmetric"}
+    facts = {"like": "blank", "metric": "cosine", "query": "symmetric", "rerank": "none"}
     assert as_json == facts | {"query_active": 0, "hits": []}
     full = json.loads(vsc("search", path, "--like", stored.ids[0], "--json").out)
     assert full["query_active"] == stored.codes[[0]].nnz

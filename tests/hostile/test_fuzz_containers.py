@@ -19,7 +19,7 @@ import numpy as np
 import pytest
 
 from vsc_serve.errors import InputError, UsageError
-from vsc_serve.sources import RetryPolicy, find_sources, open_arrays, places
+from vsc_serve.sources import RetryPolicy, find_sources, open_arrays, open_files
 
 ROUNDS: Final = int(os.environ.get("VSC_FUZZ_ROUNDS", "1"))
 FILES_A_ROUND: Final = 200
@@ -174,7 +174,7 @@ def test_damaged_files_give_images_rows_or_reasons_and_nothing_else(kind, tmp_pa
     total: Counter[str] = Counter()
     for seed in range(FILES_A_ROUND * ROUNDS):
         path.write_bytes(damage(content, np.random.default_rng([seed, len(content)])))
-        places._open.handles = OrderedDict()  # the file of that name is another one
+        open_files._open.handles = OrderedDict()  # the file of that name is another one
         total += read_all(path)
     assert total["refused"] > FILES_A_ROUND * ROUNDS / 20
     limit = MOST_MEMORY_OF_ARROW_MB if path.suffix == ".parquet" else MOST_MEMORY_MB

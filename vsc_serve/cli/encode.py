@@ -53,7 +53,7 @@ def encode(
         float | None, typer.Option(help="Spike threshold in place of the model's.")
     ] = None,
     view: Annotated[_View | None, typer.Option(help="What values are (default: mean).")] = None,
-    made_as: Annotated[_As, typer.Option("--as", help="Rows to store, or wide queries.")] = "rows",
+    made_as: Annotated[_As, typer.Option("--as", help="Rows or wide queries.")] = "rows",
     stored_tau: Annotated[
         float | None, typer.Option(help="Tau of the rows that queries are for.")
     ] = None,
