@@ -6,18 +6,19 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
+from vsc_export.fit_cli import fit
+from vsc_export.talk import parity_line, say_next, say_written, write_model
 from vsc_serve.cli.options import BackboneOption, DeviceOption, find_backbone, print_json
 from vsc_serve.console import require_extra, say
 from vsc_serve.errors import UsageError
 from vsc_training.threads import sleep_when_idle
 
 if TYPE_CHECKING:
-    from vsc_export.options import ExportOptions
-    from vsc_export.parity import Parity
     from vsc_export.topk import Overflow
     from vsc_export.write import Exported
 
 app = typer.Typer()
+app.command()(fit)
 
 
 @app.command()
@@ -70,7 +71,6 @@ def export(
     from vsc_export.options import ExportOptions
     from vsc_export.precision import parse_precision
     from vsc_export.triton import REPOSITORY
-    from vsc_export.write import export_bundle
     from vsc_serve.bundle import BUNDLE_FOLDER
     from vsc_serve.outputs import check_output
 
@@ -91,28 +91,18 @@ def export(
         about=about.read_text(encoding="utf-8") if about else "",
         allow_collapsed=allow_collapsed,
     )
-    if file is None:
-        done = export_bundle(run, out, options)
-    else:
-        done = _export_behind(file, run, out, options)
-    parity, manifest = done.parity, done.manifest
-    say("parity", _parity_line(parity))
+    done = write_model(run, out, options, file)
+    manifest = done.manifest
     if calibrate_tau:
         say("tau", f"{manifest.tau:g} gives {manifest.active:.2f} active latents per row")
     if budget:
         say("budget", _budget_line(done))
-    size = sum(path.stat().st_size for path in out.rglob("*") if path.is_file())
-    say(
-        "wrote",
-        f"{out}  {manifest.name}, J={manifest.latent_dim}, tau={manifest.tau:g}, {size / 1e6:.1f}"
-        " MB",
-    )
+    say_written(done)
     if top_k is not None and done.overflow is not None:
         say("top-k", _overflow_line(top_k, done.overflow))
     if triton is not None:
         _write_triton(out, triton)
-    takes = "images/" if manifest.modality == "image" else "vectors.npy"
-    say("next", f"vsc encode {takes} --out codes.npz --model {out}")
+    say_next(done)
 
 
 @app.command("triton")
@@ -155,7 +145,7 @@ def verify(
     if as_json:
         print_json(json.loads(parity.to_json()), indent=2)
     else:
-        say("parity", _parity_line(parity))
+        say("parity", parity_line(parity))
         for comparison in parity.comparisons:
             say("", str(comparison))
     require_verified(parity, model)
@@ -172,24 +162,6 @@ def demo(
     from vsc_export.demo import run_demo
 
     run_demo(out, force=force)
-
-
-def _export_behind(file: Path, run: Path, out: Path, options: "ExportOptions") -> "Exported":
-    """Export with a backbone in front, and say how the whole compares with its parts."""
-    from vsc_export.backbone import export_with_backbone
-
-    done = export_with_backbone(run, out, file, options)
-    found = done.end_to_end
-    assert found is not None  # only an export without a backbone has none
-    same = "the same bytes" if found.bytes_equal else "not the same in every bit"
-    say(
-        "backbone",
-        f"{sum(found.rows.values())} images x {len(found.comparisons)} settings, from pixels to"
-        f" codes: {found.flips_outside_band} spikes flipped outside the band of"
-        f" {found.rule.tolerance.guard_band:g}, {found.flips_inside_band} inside, values within"
-        f" {found.max_value_error:.1e}; codes are {same} at every batch size",
-    )
-    return done
 
 
 def _write_triton(model: Path, out: Path) -> None:
@@ -220,22 +192,3 @@ def _chosen_tau(tau: float | None, *goals: str | None) -> float:
     if sum(one is not None for one in (tau, *goals)) > 1:
         raise UsageError("--tau, --calibrate-tau and --budget: give one of them.")
     return 0.5 if tau is None else tau
-
-
-def _parity_line(parity: "Parity") -> str:
-    total = sum(parity.rows.values())
-    if parity.precision == "float32":
-        found = (
-            f"{parity.flips_outside_band} spikes flipped outside the band,"
-            f" {parity.flips_inside_band} inside, values within {parity.max_value_error:.1e}"
-        )
-    else:
-        kept = parity.fidelity
-        found = (
-            f"supports agree to {kept.support_jaccard:.4f}, neighbour recall@10"
-            f" {kept.neighbour_recall:.3f}"
-        )
-    return (
-        f"{total} inputs x {len(parity.comparisons)} settings: {found}"
-        f"  ({parity.near_threshold_share:.3%} of spikes near the threshold)"
-    )

@@ -10,7 +10,18 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from vsc_serve.cli.options import BackboneOption, Device, DeviceOption, find_backbone
+from vsc_serve.cli.options import (
+    ActiveOption,
+    BackboneOption,
+    Device,
+    DeviceOption,
+    JsonOption,
+    OverridesOption,
+    SeedOption,
+    ThreadsOption,
+    TrainingData,
+    find_backbone,
+)
 from vsc_serve.console import progress, require_extra, say
 from vsc_serve.outputs import check_output
 from vsc_training.threads import sleep_when_idle
@@ -24,27 +35,21 @@ app = typer.Typer()
 
 @app.command()
 def train(
-    data: Annotated[Path, typer.Argument(help="Folder of images, .npz or .npy.")],
+    data: TrainingData,
     out: Annotated[Path, typer.Option(help="Run folder to write.")],
     *,
     recipe: Annotated[
         str | None,
         typer.Option(help="sparse (default), paper, or a TOML file; --resume keeps the run's."),
     ] = None,
-    overrides: Annotated[
-        list[str] | None, typer.Option("--set", help="Override a field: key=value.")
-    ] = None,
-    active: Annotated[
-        float | None, typer.Option(help="Active latents per image to ask for (sets alpha).")
-    ] = None,
+    overrides: OverridesOption = None,
+    active: ActiveOption = None,
     size: Annotated[
         int | None, typer.Option(help="Side of the square that images become.", min=1)
     ] = None,
     backbone: BackboneOption = None,
     device: DeviceOption = "auto",
-    threads: Annotated[
-        int, typer.Option(help="CPU threads (0: torch chooses).", min=0, max=1024)
-    ] = 0,
+    threads: ThreadsOption = 0,
     compile_step: Annotated[
         bool, typer.Option("--compile", help="Compile the step first: for long runs.")
     ] = False,
@@ -62,18 +67,18 @@ def train(
     from vsc_training.resolve import resolve
 
     asked = load_recipe(recipe or _own_recipe(out, resume=resume), overrides or [], active=active)
-    with joined_group(_device(device, threads)) as (group, own_device):
+    with joined_group(torch_device(device, threads)) as (group, own_device):
         talk = say if group.is_first else _keep_quiet
         if group.is_first:
             read = [path for path in (data, backbone, recipe) if path is not None]
             _check_out(out, read, resume=resume, force=force)
         file = find_backbone(backbone)
         if file is None:
-            examples = _load(data, size, talk)
+            examples = load_data(data, size, talk)
         else:
-            examples = _embed(data, out, size, file, threads, talk)
+            examples = embed_data(data, out, size, file, threads, talk)
         resolved = resolve(asked, examples, out if resume else None)
-        _say_model(resolved, examples, own_device, group.size, talk)
+        say_model(resolved, examples, own_device, group.size, talk)
         with progress("train", resolved.steps, "steps") as shown:
             health = fit(
                 resolved,
@@ -106,12 +111,10 @@ def evaluate(
     ] = None,
     backbone: BackboneOption = None,
     iwae_samples: Annotated[int, typer.Option(help="Draws of the bound.", min=1)] = 50,
-    seed: Annotated[int, typer.Option(help="Seed of choices and noise.", min=0)] = 0,
+    seed: SeedOption = 0,
     device: DeviceOption = "auto",
-    threads: Annotated[
-        int, typer.Option(help="CPU threads (0: torch chooses).", min=0, max=1024)
-    ] = 0,
-    as_json: Annotated[bool, typer.Option("--json", help="Print JSON to stdout.")] = False,
+    threads: ThreadsOption = 0,
+    as_json: JsonOption = False,
 ) -> None:
     """Measure a model: bounds, sparsity, neighbours, probe, factors, and the curve over tau."""
     require_extra("train", "torch", "safetensors", "tensorboard")
@@ -125,7 +128,7 @@ def evaluate(
         factors=factors,
         backbone=find_backbone(backbone),
         iwae_samples=iwae_samples,
-        device=_device(device, threads),
+        device=torch_device(device, threads),
         seed=seed,
     )
     text = json.dumps(evaluation.to_json(), indent=2) if as_json else evaluation.table()
@@ -152,7 +155,8 @@ def _check_out(out: Path, inputs: list[Any], *, resume: bool, force: bool) -> No
             pass  # nobody else trains into it; `fit` holds the lock while it does
 
 
-def _load(path: Path, size: int | None, talk: Callable[[str, str], None]) -> "Examples":
+def load_data(path: Path, size: int | None, talk: Callable[[str, str], None]) -> "Examples":
+    """Read training data and say what they are."""
     from vsc_training.data import load_examples
 
     examples = load_examples(path, size=size)
@@ -160,7 +164,7 @@ def _load(path: Path, size: int | None, talk: Callable[[str, str], None]) -> "Ex
     return examples
 
 
-def _embed(
+def embed_data(
     path: Path,
     run: Path,
     size: int | None,
@@ -168,6 +172,7 @@ def _embed(
     threads: int,
     talk: Callable[[str, str], None],
 ) -> "Examples":
+    """Embed a folder of images, with what is known beside the run, and say what they are."""
     from vsc_serve.errors import UsageError
     from vsc_training.backbone import Backbone
     from vsc_training.data import embed_examples, find_images
@@ -207,13 +212,14 @@ def _say_data(path: Path, examples: "Examples", talk: Callable[[str, str], None]
         talk("skipped", f"{len(examples.bad)} files that cannot be read (errors.jsonl in the run)")
 
 
-def _say_model(
+def say_model(
     recipe: "Recipe",
     examples: "Examples",
     device: Any,
     process_count: int,
     talk: Callable[[str, str], None],
 ) -> None:
+    """Say what model is fitted, and how."""
     from vsc_training.device import uses_bfloat16
     from vsc_training.model import choose_network
 
@@ -240,7 +246,8 @@ def _regularisers(recipe: "Recipe") -> str:
     return "".join(f", {name} {value:g}" for name, value in given.items() if value)
 
 
-def _device(choice: Device, threads: int) -> Any:
+def torch_device(choice: Device, threads: int) -> Any:
+    """Return the device of torch to compute on, with so many threads (0: torch chooses)."""
     import torch
 
     from vsc_training.device import choose_device

@@ -31,6 +31,17 @@ BackboneOption = Annotated[
     typer.Option(help="Image encoder before the model: an ONNX file, or photos (extra photos)."),
 ]
 DeviceOption = Annotated[Device, typer.Option(help="Where the model runs.")]
+ThreadsOption = Annotated[
+    int, typer.Option(help="CPU threads (0: torch chooses).", min=0, max=1024)
+]
+OverridesOption = Annotated[
+    list[str] | None, typer.Option("--set", help="Override a field: key=value.")
+]
+ActiveOption = Annotated[
+    float | None, typer.Option(help="Active latents per image to ask for (sets alpha).")
+]
+SeedOption = Annotated[int, typer.Option(help="Seed of choices and noise.", min=0)]
+TrainingData = Annotated[Path, typer.Argument(help="Folder of images, .npz or .npy.")]
 JsonOption = Annotated[bool, typer.Option("--json", help="Print JSON to stdout.")]
 ForceOption = Annotated[bool, typer.Option("--force", help="Replace the output.")]
 
