@@ -16,8 +16,10 @@ CLI_PAGE = (ROOT / "docs" / "cli.md").read_text(encoding="utf-8")
 
 def command_options() -> dict[str, set[str]]:
     """Every command with its long options."""
-    found = {}
-    for group in (app, vsc_training.cli.app, vsc_export.cli.app):
+    found, described = {}, set()  # `vsc index search` is `vsc search`
+    groups = [("", app), ("", vsc_training.cli.app), ("", vsc_export.cli.app)]
+    groups += [(f"{one.name} ", one.typer_instance) for one in app.registered_groups if one.name]
+    for prefix, group in groups:
         for registered in group.registered_commands:
             assert registered.callback is not None
             command = typer.main.get_command_from_info(
@@ -29,7 +31,9 @@ def command_options() -> dict[str, set[str]]:
                 for option in parameter.opts
                 if option.startswith("--")
             }
-            found[str(command.name)] = options
+            if registered.callback is not None and registered.callback not in described:
+                found[f"{prefix}{command.name}"] = options
+            described.add(registered.callback)
     return found
 
 

@@ -240,7 +240,15 @@ def test_search_finds_the_image_itself_first_and_explains(
     assert re.fullmatch(r" 1\.0000  upright/000\.png", first)
     assert any("feature" in line for line in rest)
     as_json = vsc(
-        "search", codes_file, "--like", "upright/000.png", "--explain", "--json", "--top", 2
+        "search",
+        codes_file,
+        "--like",
+        "upright/000.png",
+        "--with-query",
+        "--explain",
+        "--json",
+        "--top",
+        2,
     )
     hits = json.loads(as_json.out)["hits"]
     assert hits[0]["id"] == "upright/000.png"
@@ -307,7 +315,7 @@ def test_a_query_whose_code_is_empty_says_so(codes_file: Path, tmp_path: Path) -
     as_json = json.loads(vsc("search", path, "--like", "blank", "--json").out)
     facts = {"like": "blank", "metric": "cosine", "query": "symmetric", "rerank": "none"}
     assert as_json == facts | {"query_active": 0, "hits": []}
-    full = json.loads(vsc("search", path, "--like", stored.ids[0], "--json").out)
+    full = json.loads(vsc("search", path, "--like", stored.ids[0], "--json", "--with-query").out)
     assert full["query_active"] == stored.codes[[0]].nnz
     assert full["hits"]
 
@@ -392,7 +400,9 @@ def test_embeddings_go_the_same_way_as_images(tmp_path: Path) -> None:
     stored = read_codes(tmp_path / "codes.npz")
     assert stored.ids == [str(number) for number in range(400)]
     row = int(np.diff(stored.codes.indptr).argmax())
-    found = vsc("search", "codes.npz", "--like", row, "--top", 10, "--json", cwd=tmp_path)
+    found = vsc(
+        "search", "codes.npz", "--like", row, "--top", 10, "--json", "--with-query", cwd=tmp_path
+    )
     hits = [int(hit["id"]) for hit in json.loads(found.out)["hits"]]
     assert hits[0] == row
     assert (kinds[hits] == kinds[row]).mean() > 0.8

@@ -9,6 +9,9 @@ import pytest
 from vsc_serve import Decoder, Encoder, read_codes
 from vsc_serve.bundle import FORMAT as BUNDLE_FORMAT
 from vsc_serve.codes import FORMAT as CODES_FORMAT
+from vsc_serve.index.base import open_index
+from vsc_serve.index.exact import search_many
+from vsc_serve.index.index_file import FORMAT as INDEX_FORMAT
 
 ARCHIVE = Path(__file__).parents[1] / "data" / "archive"
 
@@ -31,3 +34,14 @@ def test_codes_of_every_version_are_read(version: int) -> None:
     assert stored.ids == facts["ids"]
     assert stored.codes.toarray().tolist() == facts["codes"]
     assert stored.meta == facts["meta"]
+
+
+@pytest.mark.parametrize("version", range(1, INDEX_FORMAT + 1))
+def test_an_index_of_every_version_opens_and_holds_its_codes(version: int) -> None:
+    index, stored = open_index(ARCHIVE / f"index-v{version}"), read_codes(ARCHIVE / "codes-v1.npz")
+    index.verify()
+    assert [index.id_of(row) for row in range(index.count)] == stored.ids
+    assert (index.rows[index.numbers()] != stored.codes).nnz == 0
+    assert index.meta == stored.meta
+    found, expected = index.search(stored.codes), search_many(stored.codes, stored.codes)
+    assert found.rows.tolist() == expected.rows.tolist()

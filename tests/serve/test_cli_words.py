@@ -10,7 +10,7 @@ from vsc_serve import options, session
 from vsc_serve.cli.translate import OptionFormatter, as_options
 from vsc_serve.convert import FORMATS
 from vsc_serve.convert.plan import Sign
-from vsc_serve.index.exact import Metric
+from vsc_serve.index.metrics import Metric
 from vsc_serve.index.queries import QueryRule
 from vsc_serve.pipeline.job import OnError
 from vsc_serve.sources import Ids
@@ -51,7 +51,7 @@ def test_log_messages_name_options_too() -> None:
         ("encode", "_View", get_args(options.View)),
         ("encode", "_Ids", get_args(Ids)),
         ("encode", "_OnError", get_args(OnError)),
-        ("search", "_Metric", get_args(Metric)),
+        ("finder", "Metric", get_args(Metric)),
         ("queries", "Rule", get_args(QueryRule)),
         ("convert", "_Sign", get_args(Sign)),
         ("convert", "_Format", tuple(FORMATS)),

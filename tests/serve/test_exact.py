@@ -147,7 +147,9 @@ def test_a_query_of_another_model_and_a_top_of_nothing_are_refused() -> None:
     codes = dense_to_csr(np.ones((2, 3), np.float32))
     with pytest.raises(InputError, match="the query has 4 latents, the codes have 3"):
         search(codes, dense_to_csr(np.ones((1, 4), np.float32)))
-    with pytest.raises(UsageError, match="`metric` must be one of cosine, dot, not l2"):
+    with pytest.raises(
+        UsageError, match="`metric` must be one of cosine, dot, jaccard, hamming, not l2"
+    ):
         search(codes, codes[[0]], metric="l2")
     with pytest.raises(UsageError, match="`top` must be at least 1"):
         search(codes, codes[[0]], top=0)

@@ -18,6 +18,9 @@ from vsc_serve.index.exact import search_many
 from vsc_serve.index.queries import WIDE_FROM, query_options
 from vsc_serve.options import EncodeOptions
 
+KEPT = ("top", "model", "with_query", "unlike", "has", "has_not", "form", "as_json", "duplicates")
+"""Options that are not given as text."""
+
 Run = Callable[..., list[dict[str, Any]]]
 
 
@@ -44,8 +47,10 @@ def run(capsys: pytest.CaptureFixture[str], tiny_bundle: Path) -> Run:
     def run(codes: Path, **given: Any) -> list[dict[str, Any]]:
         options = {"top": 3, "metric": "cosine", "query": "auto", "explain": False}
         asked = {name: None if one is None else str(one) for name, one in given.items()}
+        if "like" in given:
+            asked["like"] = [str(given["like"])]
         chosen = {"model": tiny_bundle, "device": "cpu", "as_json": True} | options | asked
-        search(codes, **chosen | {name: given[name] for name in ("top", "model") if name in given})
+        search(codes, **chosen | {name: given[name] for name in given if name in KEPT})
         return [json.loads(line) for line in capsys.readouterr().out.splitlines()]
 
     return run
@@ -145,6 +150,8 @@ def test_an_image_is_asked_by_the_rule_that_the_output_names(
 
 def test_of_a_stored_row_only_its_code_is_asked(run: Run, rows: Path) -> None:
     (found,) = run(rows, like="07.png", model=None)
+    assert "07.png" not in [hit["id"] for hit in found["hits"]]
+    (found,) = run(rows, like="07.png", model=None, with_query=True)
     assert found["query"] == "symmetric"
     assert found["hits"][0]["score"] == pytest.approx(1.0)
     with pytest.raises(
@@ -170,7 +177,11 @@ def test_rows_of_a_low_threshold_are_asked_symmetrically_and_the_output_says_so(
 
 def test_a_file_of_queries_gets_a_line_each(run: Run, rows: Path, queries: Path) -> None:
     assert run(rows, queries=queries, model=None) == expected(rows, queries)
-    assert run(rows, queries=rows, top=40) == expected(rows, rows, 40)
+    everything = run(rows, queries=rows, top=40, with_query=True)
+    assert everything == expected(rows, rows, 40)
+    for answer, line in zip(everything, run(rows, queries=rows, top=39), strict=True):
+        others = [hit for hit in answer["hits"] if hit["id"] != answer["query"]]
+        assert line == answer | {"hits": others}
 
 
 def test_a_folder_is_encoded_as_queries_and_what_cannot_be_read_comes_last(
@@ -259,9 +270,10 @@ def test_without_json_a_table_names_query_and_hits(
 
 
 def test_exactly_one_of_like_and_queries_is_given(run: Run, rows: Path) -> None:
-    for given in ({}, {"like": "00.png", "queries": "q.npz"}):
-        with pytest.raises(UsageError, match="give one of --like IMAGE"):
-            run(rows, **given)
+    with pytest.raises(UsageError, match="give one of --like IMAGE"):
+        run(rows)
+    with pytest.raises(UsageError, match="give one of --like, --queries and --duplicates"):
+        run(rows, like="00.png", queries="q.npz")
 
 
 @pytest.mark.parametrize(

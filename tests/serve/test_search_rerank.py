@@ -24,6 +24,8 @@ def run(capsys: pytest.CaptureFixture[str]) -> Run:
 
     def run(codes: Path, model: Path, **given: Any) -> list[dict[str, Any]]:
         options = {"top": 4, "device": "cpu", "as_json": True, "rerank": "linear"}
+        if "like" in given:
+            given["like"] = [given["like"]]
         search(codes, model=model, **options | given)
         return [json.loads(line) for line in capsys.readouterr().out.splitlines()]
 
@@ -136,7 +138,7 @@ def test_explanations_sum_to_the_score_with_what_belongs_to_no_feature(
         )
         row = stored.codes[[stored.ids.index(hit["id"])]]
         assert {one["latent"] for one in hit["shared"]} == set(row.indices.tolist())
-    search(rows, like=str(images / "12.png"), model=mapped_bundle, rerank="linear", explain=True)
+    search(rows, like=[str(images / "12.png")], model=mapped_bundle, rerank="linear", explain=True)
     printed = capsys.readouterr()
     assert "  bias of the linear map\n" in printed.out
     assert "the best 200 of each query by their codes, scored again" in printed.err

@@ -18,6 +18,7 @@ from vsc_serve import streams
 from vsc_serve.cli.convert import convert
 from vsc_serve.cli.decode import decode
 from vsc_serve.cli.encode import encode
+from vsc_serve.cli.index import app as index_app
 from vsc_serve.cli.inspect import doctor, info
 from vsc_serve.cli.options import print_text
 from vsc_serve.cli.search import search
@@ -37,6 +38,7 @@ app = typer.Typer(
 
 for _command in (encode, decode, search, convert, info, serve, doctor):
     app.command()(_command)
+app.add_typer(index_app, name="index")
 
 
 @app.callback(invoke_without_command=True)

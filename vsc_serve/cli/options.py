@@ -4,16 +4,13 @@ import json
 import os
 import sys
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any, Final, Literal
+from typing import Annotated, Any, Final, Literal, Protocol
 
 import typer
 
 from vsc_serve.console import printable, require_extra
 from vsc_serve.errors import BundleError, UsageError
 from vsc_serve.models import builtin_model
-
-if TYPE_CHECKING:
-    from vsc_serve.codes import CodeFile
 
 _DEFAULT_MODEL: Final = Path("model")
 PHOTOS: Final = "photos"
@@ -92,7 +89,15 @@ def print_json(value: Any, *, indent: int | None = None) -> None:
     sys.stdout.write(json.dumps(value, indent=indent) + "\n")
 
 
-def refuse_other_model(stored: "CodeFile", digest: str, bundle: Path) -> None:
+class Provenance(Protocol):
+    """Codes that say what made them."""
+
+    @property
+    def meta(self) -> dict[str, Any]:
+        """Provenance of the codes."""
+
+
+def refuse_other_model(stored: Provenance, digest: str, bundle: Path) -> None:
     """Raise UsageError when codes were made by another model than the bundle with this digest."""
     made_by = stored.meta.get("model_digest")
     if made_by is not None and made_by != digest:

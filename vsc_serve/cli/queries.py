@@ -1,16 +1,22 @@
-"""What `vsc search` is asked: an image, a row, a file of queries, or whatever can be encoded."""
+"""What `vsc search` is asked: images, rows, features, or a file of many queries."""
 
 from collections.abc import Generator
+from dataclasses import dataclass, field
 from pathlib import Path
-from typing import TYPE_CHECKING, Final, Literal, NamedTuple
+from typing import TYPE_CHECKING, Any, Final, Literal, NamedTuple
 
 from vsc_serve.cli.options import Device, find_model, refuse_other_model
 from vsc_serve.cli.rerank import Rerank, refuse_codes
 from vsc_serve.errors import UsageError
 
 if TYPE_CHECKING:
+    import numpy as np
+    from numpy.typing import NDArray
+
     from vsc_serve.bundle import Manifest
     from vsc_serve.codes import CodeFile, CodeRows
+    from vsc_serve.encoder import Encoder
+    from vsc_serve.index.base import Searchable
     from vsc_serve.options import EncodeOptions
     from vsc_serve.pipeline import Batch
 
@@ -27,12 +33,38 @@ class Index(NamedTuple):
     """Rows to search, and how queries of them are encoded where they must be."""
 
     path: Path
-    rows: "CodeFile"
+    rows: "Searchable"
     rule: Rule
     model: Path | None
     device: Device
     rerank: Rerank = "none"
     """Second stage, which needs what is asked itself beside its code."""
+
+
+@dataclass(frozen=True)
+class Wish:
+    """What the rows that are found are to be like."""
+
+    likes: list[str] = field(default_factory=list)
+    """Images, or ids of rows."""
+    unlikes: list[str] = field(default_factory=list)
+    has: list[int] = field(default_factory=list)
+    """Features that must be active."""
+    has_not: list[int] = field(default_factory=list)
+    """Features that must not."""
+
+    @property
+    def name(self) -> str:
+        """Name of the query, for people."""
+        words = [*self.likes, *(f"feature {one}" for one in self.has if not self.likes)]
+        return " and ".join(words) + "".join(f", not {one}" for one in self.unlikes)
+
+    def to_json(self) -> dict[str, Any]:
+        """Return what is wished for programs; one image or row alone as text."""
+        alone = len(self.likes) == 1 and not self.unlikes
+        like = {"like": self.likes[0] if alone else self.likes} if self.likes else {}
+        lists = {"unlike": self.unlikes, "has": self.has, "not": self.has_not}
+        return like | {name: given for name, given in lists.items() if given}
 
 
 class Asked(NamedTuple):
@@ -43,28 +75,87 @@ class Asked(NamedTuple):
     """How they were made, for people."""
     batches: "Generator[Batch, None, None]"
     """Codes and ids, and what could not be read; lazily."""
+    themselves: frozenset[int] = frozenset()
+    """Rows that are asked with."""
+    are_rows: bool = False
+    """Whether queries are codes of rows, made as those that are searched."""
 
 
-def ask_like(index: Index, like: str) -> Asked:
+def ask_wish(index: Index, wish: Wish, among: "NDArray[np.bool_] | None") -> Asked:
+    """Ask what is like images (by their files) or rows (by their ids), or has features.
+
+    Args:
+        index: What is searched.
+        wish: What is wished.
+        among: The rows with the features that are wished, if any are.
+
+    Raises:
+        VscError: It cannot be asked.
+    """
+    if not wish.likes:
+        return _ask_features(index, wish, among)
+    likes = [_ask_like(index, one, "--like") for one in wish.likes]
+    unlikes = [_ask_like(index, one, "--unlike") for one in wish.unlikes]
+    return _combined(index, wish, likes, unlikes) if len([*likes, *unlikes]) > 1 else likes[0]
+
+
+def _combined(index: Index, wish: Wish, likes: list[Asked], unlikes: list[Asked]) -> Asked:
+    """Put several queries together; see `index.combine`."""
+    from vsc_serve.codes import CodeRows
+    from vsc_serve.index.combine import combine
+
+    refuse_codes(index.rerank, "several images or rows together", "one --like")
+    parts = [*likes, *unlikes]
+    codes = [next(one.batches).rows.codes for one in parts]
+    rows = CodeRows(codes=combine(codes[: len(likes)], codes[len(likes) :]))
+    how = f"the mean of {len(likes)}" + (f" minus the mean of {len(unlikes)}" if unlikes else "")
+    rules = {one.rule for one in parts}
+    return Asked(
+        "wide" if "wide" in rules else "symmetric",
+        f"{how}, each of length 1; {', '.join(sorted({one.how for one in parts}))}",
+        _one(rows, wish.name),
+        frozenset().union(*(one.themselves for one in parts)),
+    )
+
+
+def _ask_features(index: Index, wish: Wish, among: "NDArray[np.bool_] | None") -> Asked:
+    from vsc_serve.codes import CodeRows
+    from vsc_serve.index.combine import feature_query
+
+    refuse_codes(index.rerank, "features", "an image to --like")
+    if not wish.has or among is None:
+        raise UsageError("--unlike and --not leave rows out: give --like, --has or --queries too")
+    rows = CodeRows(codes=feature_query(index.rows, wish.has, among))
+    how = "1 for each feature, with the sign that it mostly has"
+    return Asked("symmetric", how, _one(rows, wish.name))
+
+
+def _ask_like(index: Index, like: str, option: str) -> Asked:
     """Ask what is like a row (by its id) or an image file. Raises VscError."""
+    path = Path(like)
+    row = None if path.is_file() else index.rows.row_of(like)
+    if row is not None:
+        return _ask_row(index, like, row, option)
+    if not path.exists():
+        raise UsageError(f"{option} {like}: no such file, and no row has that id")
+    encoder = _encoder(index, like, option)
+    options = _options(index, encoder.manifest)
+    rows = encoder.encode_rows(encoder.read([path]), options)
+    return _asked(index, options, encoder.manifest, _one(rows, like))
+
+
+def _encoder(index: Index, like: str, option: str) -> "Encoder":
     from vsc_serve.encoder import Encoder
 
-    path = Path(like)
-    if like in index.rows.ids and not path.is_file():
-        return _ask_row(index, like)
-    if not path.exists():
-        raise UsageError(f"--like {like}: no such file, and no row has that id")
     bundle = find_model(index.model)
     encoder = Encoder.open(bundle, device=index.device)
     refuse_other_model(index.rows, encoder.manifest.digest, bundle)
     if encoder.manifest.modality == "vector":
         raise UsageError(
-            f"--like {like}: model {encoder.manifest.name} encodes vectors, not images. Give them"
-            " to --queries as an .npy file, or the id of a row to --like."
+            f"{option} {like}: model {encoder.manifest.name} encodes vectors, not images. Give them"
+            f" to --queries as an .npy file, or the id of a row to {option}."
         )
-    options = _options(index, encoder.manifest)
-    rows = encoder.encode_rows(encoder.read([path]), options)
-    return _asked(index, options, encoder.manifest, _one(rows, like))
+    return encoder
 
 
 def ask_many(index: Index, given: str) -> Asked:
@@ -92,18 +183,18 @@ def _options(index: Index, manifest: "Manifest") -> "EncodeOptions":
     return replace(options, targets=index.rerank != "none")
 
 
-def _ask_row(index: Index, like: str) -> Asked:
+def _ask_row(index: Index, like: str, row: int, option: str) -> Asked:
     from vsc_serve.codes import CodeRows
 
     refuse_codes(index.rerank, f"the row {like}", "its image file to --like")
     if index.rule == "wide":
         raise UsageError(
             f"--query wide: of the row {like} only the stored code is there. Give its image file"
-            " to --like, or leave --query out."
+            f" to {option}, or leave --query out."
         )
-    code = index.rows.codes[[index.rows.ids.index(like)]]
-    rows = CodeRows(codes=code)
-    return Asked("symmetric", "symmetric: the stored code of a row", _one(rows, like))
+    rows = CodeRows(codes=index.rows.rows[[row]])
+    how = "symmetric: the stored code of a row"
+    return Asked("symmetric", how, _one(rows, like), frozenset([row]))
 
 
 def _ask_codes(index: Index, path: Path) -> Asked:
@@ -112,14 +203,16 @@ def _ask_codes(index: Index, path: Path) -> Asked:
 
     refuse_codes(index.rerank, str(path), "the images or vectors themselves to --queries")
     queries = read_codes(path)
-    check_queries(path, queries, index.path, index.rows)
+    facts = {"latents": index.rows.rows.shape[1], **index.rows.meta}
+    check_queries(path, queries, index.path, facts)
     found: _Rule = "wide" if queries.meta.get("view") == "query" else "symmetric"
     if index.rule not in ("auto", found):
         raise UsageError(
             f"--query {index.rule}: the codes in {path} are {found} queries. Leave --query out, or"
             " give the images or vectors themselves to --queries."
         )
-    return Asked(found, f"{found}: the codes in {path}", _cut(queries))
+    are_rows = found == "symmetric"
+    return Asked(found, f"{found}: the codes in {path}", _cut(queries), are_rows=are_rows)
 
 
 def _holds_codes(path: Path) -> bool:

@@ -10,7 +10,7 @@ if TYPE_CHECKING:
     import numpy as np
     from numpy.typing import NDArray
 
-    from vsc_serve.codes import CodeFile
+    from vsc_serve.index.base import Searchable
     from vsc_serve.index.exact import Hit, SharedFeature
     from vsc_serve.index.rerank import Candidates
 
@@ -55,7 +55,7 @@ def check_depth(rerank: Rerank, candidates: int | None, top: int, *, explain: bo
 
 
 def open_stage(
-    rerank: Rerank, path: Path, rows: "CodeFile", model: Path | None, device: Device
+    rerank: Rerank, path: Path, rows: "Searchable", model: Path | None, device: Device
 ) -> SecondStage | None:
     """Open what scores rows again; None for none.
 
@@ -75,7 +75,7 @@ def open_stage(
     return _open(rerank, rows, find_model(model), device)
 
 
-def _open(rerank: Rerank, rows: "CodeFile", bundle: Path, device: Device) -> SecondStage:
+def _open(rerank: Rerank, rows: "Searchable", bundle: Path, device: Device) -> SecondStage:
     from vsc_serve.bundle import open_bundle
     from vsc_serve.cli.options import refuse_other_model
     from vsc_serve.decoder import Decoder
@@ -85,8 +85,8 @@ def _open(rerank: Rerank, rows: "CodeFile", bundle: Path, device: Device) -> Sec
     opened = open_bundle(bundle)
     refuse_other_model(rows, opened.manifest.digest, bundle)
     if rerank == "linear":
-        return LinearStage(rows.codes, read_linear_map(opened))
-    return DecodedStage(rows.codes, Decoder.open(bundle, device=device))
+        return LinearStage(rows.rows, read_linear_map(opened))
+    return DecodedStage(rows.rows, Decoder.open(bundle, device=device))
 
 
 def refuse_codes(rerank: Rerank, of_what: str, instead: str) -> None:

@@ -1,40 +1,55 @@
 """`vsc search`: the rows most like an image, or like each of many."""
 
-from collections.abc import Iterator
 from contextlib import closing
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Literal
+from typing import TYPE_CHECKING, Annotated
 
 import typer
 
-from vsc_serve.cli.answers import Answer, Found, print_many, print_one
+from vsc_serve.cli.answers import Form, print_groups, print_many, print_one
+from vsc_serve.cli.finder import Finder, Metric
 from vsc_serve.cli.options import DeviceOption, JsonOption, ModelOption
-from vsc_serve.cli.queries import Index, Rule, ask_like, ask_many
-from vsc_serve.cli.rerank import Rerank, SecondStage, check_depth, open_stage
+from vsc_serve.cli.queries import Asked, Index, Rule, Wish, ask_many, ask_wish
+from vsc_serve.cli.rerank import Rerank, check_depth, open_stage
 from vsc_serve.console import ending_cleanly, say
 from vsc_serve.errors import UsageError
 
 if TYPE_CHECKING:
-    from vsc_serve.codes import CodeFile, Codes
-    from vsc_serve.index.exact import Hit
-    from vsc_serve.pipeline import Batch
+    import numpy as np
+    from numpy.typing import NDArray
 
-_Metric = Literal["cosine", "dot"]
-"""The same as `index.exact.Metric`; a test compares them."""
+    from vsc_serve.index.base import Searchable
 
 
 def search(
-    codes: Annotated[Path, typer.Argument(help="File or folder that `vsc encode` wrote.")],
+    codes: Annotated[Path, typer.Argument(help="What `vsc encode` wrote, or an index.")],
     *,
-    like: Annotated[str | None, typer.Option(help="An image file, or the id of a row.")] = None,
+    like: Annotated[
+        list[str] | None, typer.Option(help="An image file, or the id of a row; may be repeated.")
+    ] = None,
+    unlike: Annotated[
+        list[str] | None, typer.Option(help="The same, for what hits are not like.")
+    ] = None,
+    has: Annotated[
+        list[int] | None, typer.Option(help="A feature that hits have; may be repeated.")
+    ] = None,
+    has_not: Annotated[
+        list[int] | None, typer.Option("--not", help="A feature that hits have not.")
+    ] = None,
     queries: Annotated[
         str | None, typer.Option(help="Many: codes, or what `vsc encode` takes.")
     ] = None,
+    duplicates: Annotated[
+        float | None, typer.Option(help="Groups of rows with at least this cosine.")
+    ] = None,
     top: Annotated[int, typer.Option(help="Hits of each query.", min=1)] = 10,
-    metric: Annotated[_Metric, typer.Option(help="Score.")] = "cosine",
+    metric: Annotated[Metric, typer.Option(help="Score.")] = "cosine",
     query: Annotated[
         Rule, typer.Option(help="Keep more latents than the rows, or the same.")
     ] = "auto",
+    with_query: Annotated[
+        bool, typer.Option("--with-query", help="Keep the row that is asked with.")
+    ] = False,
     rerank: Annotated[
         Rerank, typer.Option(help="Score the best rows again: linear or decoded.")
     ] = "none",
@@ -42,104 +57,106 @@ def search(
         int | None, typer.Option(help="Rows that are scored again (default 200).", min=1)
     ] = None,
     explain: Annotated[bool, typer.Option("--explain", help="List the shared features.")] = False,
+    form: Annotated[Form, typer.Option("--format", "-f", help="Format of the result.")] = "table",
     model: ModelOption = None,
     device: DeviceOption = "auto",
     as_json: JsonOption = False,
 ) -> None:
     """Find the rows most like an image, or like each of many, exactly."""
-    from vsc_serve.codes import read_codes
-    from vsc_serve.index.queries import check_rows
-
-    if (like is None) == (queries is None):
-        raise UsageError("give one of --like IMAGE (or the id of a row) and --queries FILE")
+    wish = Wish(like or [], unlike or [], has or [], has_not or [])
+    form = "json" if as_json else form
+    _refuse_unclear(wish, queries, duplicates)
+    if explain and form in ("trec", "paths"):
+        raise UsageError(f"--explain: --format {form} has no place for it")
     depth = check_depth(rerank, candidates, top, explain=explain)
-    rows = read_codes(codes)
-    check_rows(codes, rows)
+    rows = open_rows(codes)
+    if duplicates is not None:
+        _print_duplicates(rows, duplicates, form)
+        return
     index = Index(codes, rows, query, model, device, rerank)
     with ending_cleanly():
-        asked = ask_like(index, like) if like is not None else ask_many(index, str(queries))
+        among = _among(rows, wish)
+        asked = ask_wish(index, wish, among) if queries is None else ask_many(index, queries)
         stage = open_stage(rerank, codes, rows, model, device)
         say("query", asked.how)
         if stage is not None:
             say("rerank", f"{rerank}: the best {depth} of each query by their codes, scored again")
-        find = _Finder(rows, stage, top, depth, metric, has_shared=explain)
+        find = Finder(
+            rows=rows,
+            stage=stage,
+            top=top,
+            depth=depth,
+            metric=metric,
+            has_shared=explain,
+            among=among if with_query else _without(rows, among, asked),
+            without_itself=asked.are_rows and not with_query,
+        )
         with closing(asked.batches) as batches:
-            answers = _answers(find, batches)
-            if like is None:
-                print_many(answers, as_json=as_json)
-            else:
-                facts = {"like": like, "metric": metric, "query": asked.rule, "rerank": rerank}
-                print_one(next(answers)[0], facts, as_json=as_json)
+            answers = find.answers(batches)
+            if queries is not None:
+                print_many(answers, form)
+                return
+            facts = wish.to_json() | {"metric": metric, "query": asked.rule, "rerank": rerank}
+            print_one(next(answers)[0], facts, form)
 
 
-def _answers(find: "_Finder", batches: "Iterator[Batch]") -> Iterator[list[Answer]]:
-    """Answer queries batch by batch; those that could not be read come last."""
-    rejected: list[Answer] = []
-    for batch in batches:
-        rejected += [Answer(name, 0, [], reason) for name, reason in batch.rejected]
-        yield find.answers(batch)
-    yield rejected
+def _refuse_unclear(wish: Wish, queries: str | None, duplicates: float | None) -> None:
+    """Raise UsageError where it is not clear what is asked."""
+    has_wish = bool(wish.likes or wish.unlikes)
+    asked_by = has_wish + (queries is not None) + (duplicates is not None)
+    has_features = bool(wish.has or wish.has_not)
+    if asked_by > 1 or (duplicates is not None and has_features):
+        raise UsageError("give one of --like, --queries and --duplicates")
+    if not asked_by and not has_features:
+        raise UsageError(
+            "give one of --like IMAGE (or the id of a row) and --queries FILE, or --has FEATURE, or"
+            " --duplicates COSINE"
+        )
+    if queries is None and duplicates is None and not wish.likes and not wish.has:
+        raise UsageError("--unlike and --not leave rows out: give --like, --has or --queries too")
 
 
-class _Finder:
-    """Finds the hits of queries, and says why.
+def open_rows(path: Path) -> "Searchable":
+    """Open an index, or read codes to search them without one. Raises VscError."""
+    from vsc_serve.codes import read_codes
+    from vsc_serve.index.base import is_index, open_index
+    from vsc_serve.index.in_memory import InMemory
+    from vsc_serve.index.queries import check_rows
 
-    Args:
-        rows: What is searched.
-        stage: Scores the first stage's hits again, if there is one.
-        top: Hits wanted.
-        depth: Hits wanted of the first stage.
-        metric: Score of the first stage.
-        has_shared: Whether hits say what makes up their score.
-    """
+    if is_index(path):
+        return open_index(path)
+    stored = read_codes(path)
+    check_rows(path, stored)
+    return InMemory(stored)
 
-    def __init__(
-        self,
-        rows: "CodeFile",
-        stage: SecondStage | None,
-        top: int,
-        depth: int,
-        metric: _Metric,
-        *,
-        has_shared: bool,
-    ) -> None:
-        self._rows, self._stage, self._metric = rows, stage, metric
-        self._top, self._depth, self._has_shared = top, depth, has_shared
 
-    def answers(self, batch: "Batch") -> list[Answer]:
-        """Answer the queries of a batch."""
-        codes = batch.rows.codes
-        hits = self._hits(batch)
-        queries = zip(batch.ids, (codes[[place]] for place in range(len(hits))), hits, strict=True)
-        return [
-            Answer(name, code.nnz, self._found(place, batch, code, of_query))
-            for place, (name, code, of_query) in enumerate(queries)
-        ]
+def _among(rows: "Searchable", wish: Wish) -> "NDArray[np.bool_] | None":
+    """Return which rows have the features that are wished; None where none are."""
+    from vsc_serve.index.combine import among_features
 
-    def _hits(self, batch: "Batch") -> "list[list[Hit]]":
-        """Return the hits of each query, none of one whose code is empty."""
-        from vsc_serve.index.exact import search_many
+    if not wish.has and not wish.has_not:
+        return None
+    return among_features(rows, wish.has, wish.has_not)
 
-        queries, targets = batch.rows.codes, batch.rows.targets
-        nearest = search_many(self._rows.codes, queries, top=self._depth, metric=self._metric)
-        actives = (queries.indptr[1:] - queries.indptr[:-1]).tolist()
-        if self._stage is None or targets is None:
-            return [nearest.hits(place) if active else [] for place, active in enumerate(actives)]
-        candidates = [
-            rows if active else rows[:0] for rows, active in zip(nearest.rows, actives, strict=True)
-        ]
-        return self._stage.rerank(candidates, targets, self._top)
 
-    def _found(self, place: int, batch: "Batch", code: "Codes", hits: "list[Hit]") -> list[Found]:
-        from vsc_serve.index.exact import explain
+def _without(
+    rows: "Searchable", among: "NDArray[np.bool_] | None", asked: Asked
+) -> "NDArray[np.bool_] | None":
+    """Leave the rows that are asked with out of those that are searched."""
+    import numpy as np
 
-        ids, targets = self._rows.ids, batch.rows.targets
-        if not self._has_shared:
-            return [Found(ids[hit.row], hit, None) for hit in hits]
-        if self._stage is not None and targets is not None:
-            parts = zip(hits, self._stage.explain(hits, targets[place]), strict=True)
-            return [Found(ids[hit.row], hit, shared, bias) for hit, (shared, bias) in parts]
-        shared_by = (explain(self._rows.codes, hit.row, code, metric=self._metric) for hit in hits)
-        return [
-            Found(ids[hit.row], hit, shared) for hit, shared in zip(hits, shared_by, strict=True)
-        ]
+    if not asked.themselves:
+        return among
+    kept = np.ones(rows.rows.shape[0], np.bool_) if among is None else among.copy()
+    kept[list(asked.themselves)] = False
+    return kept
+
+
+def _print_duplicates(rows: "Searchable", cosine: float, form: Form) -> None:
+    from vsc_serve.index.duplicates import duplicate_groups
+
+    groups = duplicate_groups(rows, cosine)
+    named = [[rows.id_of(row) for row in group] for group in groups]
+    print_groups(named, form)
+    extra = sum(len(group) - 1 for group in groups)
+    say("found", f"{len(groups):,} groups, {extra:,} rows more than groups, of {rows.count:,} rows")

@@ -40,7 +40,9 @@ def _options() -> frozenset[str]:
     """Return the options of all commands."""
     from vsc_serve.cli import app  # which imports this module
 
-    commands = typer.main.get_group(app).commands.values()
+    commands = [*typer.main.get_group(app).commands.values()]
+    for one in commands:  # grows: the commands of a group follow it
+        commands += getattr(one, "commands", {}).values()
     return frozenset(name for one in commands for option in one.params for name in option.opts)
 
 

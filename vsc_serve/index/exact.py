@@ -4,18 +4,27 @@ from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from itertools import starmap
-from typing import Final, Literal, NamedTuple, get_args
+from typing import Final, NamedTuple, TypeVar
 
 import numpy as np
-import scipy.sparse
 from numpy.typing import NDArray
 
 from vsc_serve.codes import Codes
 from vsc_serve.cpus import usable_cpus
 from vsc_serve.errors import InputError, UsageError
+from vsc_serve.index.metrics import (
+    METRICS,
+    OF_SUPPORTS,
+    Metric,
+    norms_of,
+    rows_between,
+    scores,
+    sizes,
+    supports,
+)
+from vsc_serve.index.rows import Rows
 
-Metric = Literal["cosine", "dot"]
-METRICS: Final = get_args(Metric)
+T = TypeVar("T")
 
 _QUERY_BLOCK: Final = 32
 """Queries that are scored together: their dense form stays in a processor's cache."""
@@ -46,7 +55,7 @@ class Hit:
     row: int
     """Row number in the codes."""
     score: float
-    """Cosine or dot product with the query."""
+    """Its score by the metric of the search; the larger, the nearer."""
 
 
 class Nearest(NamedTuple):
@@ -70,7 +79,7 @@ def search(codes: Codes, query: Codes, *, top: int = 10, metric: Metric = "cosin
         codes: What to search, shape (images, latents).
         query: One code, shape (1, latents).
         top: Hits wanted, at least 1.
-        metric: `cosine` or `dot`.
+        metric: One of `metrics.METRICS`.
 
     Returns:
         At most `top` hits, best first.
@@ -87,10 +96,11 @@ def search_many(
 ) -> Nearest:
     """Find the rows most like each query, exactly.
 
-    The score of query a and row z is a . z, or for `cosine` a . z / (|a| |z|), which ranks rows as
-    a . z / |z| does. A row that shares no latent with the query, and any row where one of both is
-    empty, scores 0: below every positive score and above every negative one. Equal scores are in
-    row order. Query and rows need not be made alike: a query may keep more latents.
+    The score of query a and row z is that of `index.metrics`; by `cosine`, rows rank as by
+    a . z / |z|. A row that shares no latent with the query, and any row where one of both is
+    empty, scores 0 (but by `hamming`, as any other row): below every positive score and above
+    every negative one. Equal scores are in row order. Query and rows need not be made alike: a
+    query may keep more latents.
 
     All processors work, each with a few MiB of scores, whatever the number of rows and queries.
 
@@ -98,7 +108,7 @@ def search_many(
         codes: What to search, shape (images, latents).
         queries: Codes, shape (queries, latents).
         top: Hits wanted of each query, at least 1.
-        metric: `cosine` or `dot`.
+        metric: One of `metrics.METRICS`.
 
     Returns:
         The best `top` rows of each query, or all where there are fewer.
@@ -108,23 +118,29 @@ def search_many(
             values that are not finite.
         UsageError: `top` or `metric` makes no sense.
     """
-    _refuse_wrong(codes, queries, top, metric)
-    row_norms, query_norms = _norms(codes, "codes"), _norms(queries, "queries")
+    check_search(queries, codes.shape[1], top, metric)
+    of_rows, of_queries = sizes(codes, metric, "codes"), sizes(queries, metric, "queries")
+    if metric in OF_SUPPORTS:
+        codes, queries = supports(codes), supports(queries)
 
     def nearest(start: int) -> Nearest:
         block = slice(start, start + _QUERY_BLOCK)
         dense = np.ascontiguousarray(queries[block].toarray().T, np.float64)
-        norms = None if metric == "dot" else (row_norms, query_norms[block])
-        return _keep_best(_score_blocks(codes, dense, norms), _none(dense.shape[1], top))
+        blocks = _score_blocks(codes, dense, metric, of_rows, of_queries[block])
+        return _keep_best(blocks, none_found(dense.shape[1], top))
 
     top = min(top, codes.shape[0])
     starts = range(0, queries.shape[0], _QUERY_BLOCK)
-    found = [_none(0, top), *_on_all_processors(nearest, starts)]
+    return stack_found([none_found(0, top), *on_all_processors(nearest, starts)])
+
+
+def stack_found(found: Sequence[Nearest]) -> Nearest:
+    """Put the hits of blocks of queries below one another."""
     return Nearest(*map(np.concatenate, zip(*found, strict=True)))
 
 
 def explain(
-    codes: Codes, row: int, query: Codes, *, metric: Metric = "cosine"
+    codes: Rows, row: int, query: Codes, *, metric: Metric = "cosine"
 ) -> list[SharedFeature]:
     """List what a row shares with the query, the largest contribution first.
 
@@ -133,12 +149,19 @@ def explain(
         row: A row of it.
         query: One code, shape (1, latents).
         metric: The metric of the search.
+
+    Raises:
+        UsageError: A score of `hamming` is no sum over shared features.
     """
+    if metric == "hamming":
+        raise UsageError(
+            "`explain`: a score of `metric=hamming` counts what is in neither of both too, and is"
+            " no sum over shared features. Use another `metric`."
+        )
     hit = codes[[row]]
     latents, in_query, in_hit = np.intersect1d(query.indices, hit.indices, return_indices=True)
     query_values, hit_values = query.data[in_query], hit.data[in_hit]
-    scale = 1.0 if metric == "dot" else _norms(query, "queries")[0] * _norms(hit, "codes")[0]
-    parts = query_values.astype(np.float64) * hit_values / (scale or 1.0)
+    parts = _parts(metric, query, hit, query_values.astype(np.float64) * hit_values)
     order = np.argsort(-np.abs(parts), kind="stable")
     return [
         SharedFeature(
@@ -148,14 +171,31 @@ def explain(
     ]
 
 
-def _refuse_wrong(codes: Codes, queries: Codes, top: int, metric: Metric) -> None:
+def _parts(
+    metric: Metric, query: Codes, hit: Codes, products: NDArray[np.float64]
+) -> NDArray[np.float64]:
+    """Return what each shared feature adds to the score; `products` are those of the values."""
+    if metric == "dot":
+        return products
+    if metric == "jaccard":
+        return np.full(len(products), 1 / max(1, query.nnz + hit.nnz - len(products)))
+    return products / (norms_of(query, "queries")[0] * norms_of(hit, "codes")[0] or 1.0)
+
+
+def check_search(queries: Codes, latents: int, top: int, metric: Metric) -> None:
+    """Check what is asked of rows with this number of latents.
+
+    Raises:
+        InputError: Queries have another number of latents.
+        UsageError: `top` or `metric` makes no sense.
+    """
     if top < 1:
         raise UsageError(f"`top` must be at least 1, not {top}")
     if metric not in METRICS:
         raise UsageError(f"`metric` must be one of {', '.join(METRICS)}, not {metric}")
-    if queries.shape[1] != codes.shape[1]:
+    if queries.shape[1] != latents:
         raise InputError(
-            f"the query has {queries.shape[1]} latents, the codes have {codes.shape[1]}."
+            f"the query has {queries.shape[1]} latents, the codes have {latents}."
             " Encode both with the same model."
         )
 
@@ -163,7 +203,9 @@ def _refuse_wrong(codes: Codes, queries: Codes, top: int, metric: Metric) -> Non
 def _score_blocks(
     codes: Codes,
     dense: NDArray[np.float64],
-    norms: tuple[NDArray[np.float64], NDArray[np.float64]] | None,
+    metric: Metric,
+    of_rows: NDArray[np.float64],
+    of_queries: NDArray[np.float64],
 ) -> Iterator[NDArray[np.float64]]:
     """Yield the scores of consecutive rows, shape (rows, queries).
 
@@ -172,27 +214,18 @@ def _score_blocks(
     Args:
         codes: All rows.
         dense: Queries, shape (latents, queries).
-        norms: Norms of all rows and of the queries, to divide by; None for dot products.
+        metric: The metric.
+        of_rows: `sizes` of the rows.
+        of_queries: `sizes` of the queries.
     """
     size = max(1, _SCORE_BLOCK // dense.shape[1])
     for start in range(0, codes.shape[0], size):
-        scores = np.asarray(_rows(codes, start, start + size) @ dense, np.float64)
-        if norms is not None:
-            scale = norms[0][start : start + size, None] * norms[1]
-            np.divide(scores, scale, out=scores, where=scale > 0)  # of an empty code it is 0
-        yield scores
+        products = np.asarray(rows_between(codes, start, start + size) @ dense, np.float64)
+        rows = of_rows[start : start + size, None]
+        yield scores(metric, products, rows, of_queries, codes.shape[1])
 
 
-def _rows(codes: Codes, start: int, stop: int) -> "scipy.sparse.csr_array[np.float64]":
-    """Return consecutive rows in float64, without a copy of their indices."""
-    bounds = codes.indptr[start : stop + 1]
-    entries = slice(bounds[0], bounds[-1])
-    data = codes.data[entries].astype(np.float64)
-    shape = (len(bounds) - 1, codes.shape[1])
-    return scipy.sparse.csr_array((data, codes.indices[entries], bounds - bounds[0]), shape=shape)
-
-
-def _none(query_count: int, top: int) -> Nearest:
+def none_found(query_count: int, top: int) -> Nearest:
     """Return hits that any row is better than."""
     shape = (query_count, top)
     return Nearest(np.full(shape, -1, np.int64), np.full(shape, -np.inf))
@@ -204,33 +237,33 @@ def _keep_best(blocks: Iterator[NDArray[np.float64]], best: Nearest) -> Nearest:
     Few rows pass once the first block is done: an equal score comes after those of earlier rows.
     """
     start = 0
-    for scores in blocks:
-        passes = scores > best.scores[:, -1] if start else scores >= _bound(scores, best)
+    for block in blocks:
+        passes = block > best.scores[:, -1] if start else block >= _bound(block, best)
         rows, queries = np.nonzero(passes)
-        _merge(best, queries, rows + start, scores[rows, queries])
-        start += len(scores)
+        _merge(best, queries, rows + start, block[rows, queries])
+        start += len(block)
     return best
 
 
-def _bound(scores: NDArray[np.float64], best: Nearest) -> NDArray[np.float64]:
+def _bound(block: NDArray[np.float64], best: Nearest) -> NDArray[np.float64]:
     """Return a score for each query that enough of the rows reach, from a sample of them."""
     top = best.scores.shape[1]
-    sample = scores[: max(_SAMPLE, 8 * top)]
+    sample = block[: max(_SAMPLE, 8 * top)]
     if len(sample) < top:
-        return np.full(scores.shape[1], -np.inf)
+        return np.full(block.shape[1], -np.inf)
     place = len(sample) - top
     bound: NDArray[np.float64] = np.partition(sample, place, axis=0)[place]
     return bound
 
 
 def _merge(
-    best: Nearest, queries: NDArray[np.intp], rows: NDArray[np.int64], scores: NDArray[np.float64]
+    best: Nearest, queries: NDArray[np.intp], rows: NDArray[np.int64], found: NDArray[np.float64]
 ) -> None:
     """Put candidates, in row order, into the best rows of their queries."""
     changed, top = np.unique(queries), best.scores.shape[1]
     all_queries = np.concatenate([np.repeat(changed, top), queries])
     all_rows = np.concatenate([best.rows[changed].ravel(), rows])
-    all_scores = np.concatenate([best.scores[changed].ravel(), scores])
+    all_scores = np.concatenate([best.scores[changed].ravel(), found])
     order = np.lexsort((-all_scores, all_queries))  # stable: equal scores stay in row order
     grouped = all_queries[order]
     chosen = order[np.arange(len(order)) - np.searchsorted(grouped, grouped) < top]
@@ -238,25 +271,9 @@ def _merge(
     best.scores[changed] = all_scores[chosen].reshape(-1, top)
 
 
-def _on_all_processors(work: Callable[[int], Nearest], starts: Sequence[int]) -> list[Nearest]:
+def on_all_processors(work: Callable[[int], T], starts: Sequence[int]) -> list[T]:
     """Do the work of all blocks; products and comparisons of arrays release the GIL."""
     if len(starts) <= 1:
         return list(map(work, starts))
     with ThreadPoolExecutor(usable_cpus()) as threads:
         return list(threads.map(work, starts))
-
-
-def _norms(codes: Codes, name: str) -> NDArray[np.float64]:
-    """Return the norm of each row. Raises InputError for values that are not finite."""
-    rows = _rows(codes, 0, codes.shape[0])
-    np.square(rows.data, out=rows.data)
-    squares = np.asarray(rows @ np.ones(codes.shape[1]), np.float64)
-    bad = np.flatnonzero(~np.isfinite(squares))
-    if len(bad):
-        raise InputError(
-            f"row {bad[0]} of the {name} holds values that are not finite (NaN or infinity)."
-            " Encode again.",
-            kind="not finite",
-            row=int(bad[0]),
-        )
-    return np.sqrt(squares)

@@ -76,22 +76,49 @@ def check_rows(path: Path, rows: CodeFile) -> None:
     _check_finite(path, rows)
 
 
-def check_queries(path: Path, queries: CodeFile, rows_path: Path, rows: CodeFile) -> None:
+def check_same_rows(path: Path, rows: CodeFile, other: Path, others: Mapping[str, Any]) -> None:
+    """Check that codes can stand beside others in one index.
+
+    Args:
+        path: File of the codes.
+        rows: The codes.
+        other: File or index of the others.
+        others: Their provenance, with their number of `latents`.
+
+    Raises:
+        UsageError: They are of another model, or made with other options.
+    """
+    of_rows = {"latents": rows.codes.shape[1], **rows.meta}
+    for name in (*_OF_ALL, *_OF_ROWS):
+        if of_rows.get(name) != others.get(name):
+            raise UsageError(
+                f"{path}: {name} is {of_rows.get(name)}, but {others.get(name)} in {other}. The"
+                " rows of an index are made by one model with the same options: encode alike, or"
+                " build another index."
+            )
+
+
+def check_queries(path: Path, queries: CodeFile, rows_path: Path, rows: Mapping[str, Any]) -> None:
     """Check that the queries of a file can be asked of stored rows.
 
     A matrix that plain scipy wrote says nothing of itself, and is taken as it is.
+
+    Args:
+        path: File of the queries.
+        queries: The queries.
+        rows_path: File or index of the rows.
+        rows: Provenance of the rows, with their number of `latents`.
 
     Raises:
         InputError: A value is not finite.
         UsageError: Both are not of one model, or do not go together.
     """
     of_queries = {"latents": queries.codes.shape[1], **queries.meta}
-    of_rows = {"latents": rows.codes.shape[1], **rows.meta}
     is_wide = queries.meta.get("view") == "query"
     for name in (*_OF_ALL, *(() if is_wide else _OF_ROWS)) if queries.meta else _OF_ALL[:1]:
-        _check_same(name, path, of_queries.get(name), rows_path, of_rows.get(name))
+        _check_same(name, path, of_queries.get(name), rows_path, rows.get(name))
     if is_wide:
-        _check_wide(path, of_queries, rows_path, of_rows)
+        _check_wide(path, of_queries, rows_path, rows)
     _check_finite(path, queries)
 
 

@@ -16,6 +16,7 @@ from vsc_serve.codes import Codes
 from vsc_serve.decoder import Decoder
 from vsc_serve.errors import UsageError
 from vsc_serve.index.exact import Hit, SharedFeature
+from vsc_serve.index.rows import Rows
 from vsc_serve.linear_map import LinearMap
 
 CANDIDATES: Final = 200
@@ -27,7 +28,7 @@ Candidates = Sequence[NDArray[np.intp]] | NDArray[np.intp]
 
 def rerank(
     candidates: Candidates,
-    codes: Codes,
+    codes: Rows,
     norms: NDArray[np.float64],
     u: NDArray[np.float64],
     c: NDArray[np.float64],
@@ -67,7 +68,7 @@ class LinearStage:
         linear_map: The map of the model that made the codes.
     """
 
-    def __init__(self, codes: Codes, linear_map: LinearMap) -> None:
+    def __init__(self, codes: Rows, linear_map: LinearMap) -> None:
         self._codes, self._map = codes, linear_map
         self._norms = np.full(codes.shape[0], np.nan)
 
@@ -103,7 +104,7 @@ class LinearStage:
 
 def rerank_decoded(
     candidates: Candidates,
-    codes: Codes,
+    codes: Rows,
     decoder: Decoder,
     queries: NDArray[Any],
     *,
@@ -142,7 +143,7 @@ class DecodedStage:
         decoder: The decoder of the model that made the codes.
     """
 
-    def __init__(self, codes: Codes, decoder: Decoder) -> None:
+    def __init__(self, codes: Rows, decoder: Decoder) -> None:
         self._codes, self._decoder = codes, decoder
 
     def rerank(
@@ -159,7 +160,7 @@ class DecodedStage:
 
 
 def explain_linear(
-    codes: Codes, row: int, norm: float, u: NDArray[np.float64], c: float
+    codes: Rows, row: int, norm: float, u: NDArray[np.float64], c: float
 ) -> tuple[list[SharedFeature], float]:
     """List what the features of a hit add to its score of the second stage, the largest first.
 
@@ -186,7 +187,7 @@ def explain_linear(
     return features, float(c / scale)
 
 
-def check_depth(candidates: Candidates, codes: Codes, top: int) -> None:
+def check_depth(candidates: Candidates, codes: Rows, top: int) -> None:
     """Raise UsageError where a query has candidates, and fewer than hits are wanted of it.
 
     All rows of a small index are enough, however few they are.
