@@ -9,6 +9,7 @@ from numpy.typing import NDArray
 
 from benchmarks.quality.search_models import SearchCoder
 from vsc_serve.codes import Codes
+from vsc_serve.index.dense import search_vectors
 from vsc_serve.index.exact import search_many
 from vsc_serve.index.rerank import CANDIDATES, rerank
 from vsc_serve.linear_map import LinearMap
@@ -93,7 +94,8 @@ def measure_views(coder: SearchCoder, active: float, data: SearchData) -> Iterat
 
     Plain: rows and queries coded alike. Wider query: for models that have one. Refitted: the values
     of stored rows fitted once more, their latents as they were; queries are not changed. Second
-    stage: the best 200 of the widest query that there is, scored again from their codes.
+    stage: the best 200 of the widest query that there is, scored again from their codes. Vector:
+    all rows scored so, with no first stage and no code of the query.
     """
     plain = coder.stored(data.queries, active)
     wide, linear_map = coder.wide_queries(data.queries), coder.linear_map()
@@ -105,6 +107,7 @@ def measure_views(coder: SearchCoder, active: float, data: SearchData) -> Iterat
             yield first_stage(f"wider query{suffix}", codes, wide)
         asked = plain if wide is None else wide
         yield second_stage(f"second stage{suffix}", codes, asked, linear_map, data.queries)
+        yield vector_search(f"vector{suffix}", codes, linear_map, data.queries)
 
 
 def first_stage(name: str, stored: Codes, queries: Codes) -> View:
@@ -130,6 +133,15 @@ def second_stage(
     active = _active(stored)
     cost = asymmetric_cost(stored, queries) + depth * active / stored.shape[0]
     return View(name, active, found, cost, retrieval.bytes_per_row(stored) + _BYTES_PER_NORM)
+
+
+def vector_search(
+    name: str, stored: Codes, linear_map: LinearMap, rows: NDArray[np.float32]
+) -> View:
+    """Search by the vectors themselves, as `vsc search --vector` does: every row is scored."""
+    found, active = search_vectors(stored, linear_map, rows, top=TOP).rows, _active(stored)
+    width = retrieval.bytes_per_row(stored) + _BYTES_PER_NORM
+    return View(name, active, found.astype(np.intp), active, width)
 
 
 def dense_view(data: SearchData) -> View:

@@ -337,7 +337,7 @@ def test_a_file_without_queries_and_one_that_is_not_there_are_refused(
 ) -> None:
     stored = read_codes(queries)
     write_codes(tmp_path / "none.npz", stored.codes[:0], [], stored.meta)
-    with pytest.raises(UsageError, match="there is no query in --queries"):
+    with pytest.raises(UsageError, match="there is no query"):
         run(rows, queries=tmp_path / "none.npz")
     with pytest.raises(VscError, match=r"no\.npz"):
         run(rows, queries=tmp_path / "no.npz")

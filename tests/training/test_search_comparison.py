@@ -154,7 +154,7 @@ def test_views_of_a_code_that_loses_nothing_find_every_neighbour() -> None:
     assert list(found) == [
         f"{stage}{suffix}"
         for suffix in ("", ", refitted")
-        for stage in ("plain", "wider query", "second stage")
+        for stage in ("plain", "wider query", "second stage", "vector")
     ]
     for view in found.values():
         metrics = views.metrics_of(view, data)

@@ -11,6 +11,7 @@ from vsc_serve.cli.answers import Answer, Found, print_many, print_one
 from vsc_serve.cli.options import DeviceOption, JsonOption, ModelOption
 from vsc_serve.cli.queries import Index, Rule, ask_like, ask_many
 from vsc_serve.cli.rerank import Rerank, SecondStage, check_depth, open_stage
+from vsc_serve.cli.vectors import answer_vectors, refuse_other_options
 from vsc_serve.console import ending_cleanly, say
 from vsc_serve.errors import UsageError
 
@@ -29,6 +30,9 @@ def search(
     like: Annotated[str | None, typer.Option(help="An image file, or the id of a row.")] = None,
     queries: Annotated[
         str | None, typer.Option(help="Many: codes, or what `vsc encode` takes.")
+    ] = None,
+    vector: Annotated[
+        Path | None, typer.Option(help="Dense vectors of the data's space (.npy), as queries.")
     ] = None,
     top: Annotated[int, typer.Option(help="Hits of each query.", min=1)] = 10,
     metric: Annotated[_Metric, typer.Option(help="Score.")] = "cosine",
@@ -50,11 +54,21 @@ def search(
     from vsc_serve.codes import read_codes
     from vsc_serve.index.queries import check_rows
 
-    if (like is None) == (queries is None):
-        raise UsageError("give one of --like IMAGE (or the id of a row) and --queries FILE")
+    if sum(given is not None for given in (like, queries, vector)) != 1:
+        raise UsageError(
+            "give one of --like IMAGE (or the id of a row), --queries FILE and --vector FILE.npy"
+        )
     depth = check_depth(rerank, candidates, top, explain=explain)
     rows = read_codes(codes)
     check_rows(codes, rows)
+    if vector is not None:
+        refuse_other_options(
+            query=(query, "auto"), metric=(metric, "cosine"), rerank=(rerank, "none")
+        )
+        with ending_cleanly():
+            answers = answer_vectors(vector, codes, rows, model, top, explain=explain)
+            print_many(answers, as_json=as_json)
+        return
     index = Index(codes, rows, query, model, device, rerank)
     with ending_cleanly():
         asked = ask_like(index, like) if like is not None else ask_many(index, str(queries))
