@@ -52,11 +52,13 @@ record = {name for name in found if ".dist-info/" in name}
 assert found - record == expected, f"wheel against tree: {sorted((found - record) ^ expected)}"
 for package in places:
     assert f"{package}/py.typed" in expected, f"{package} says nothing about its types"
-for recipe in ("sparse", "paper"):
+for recipe in ("sparse", "search", "paper"):
     assert f"vsc_training/recipes/{recipe}.toml" in expected, f"no recipe {recipe}"
 models = {name for name in expected if name.startswith("vsc_serve/models/photos32")}
 assert "vsc_serve/models/photos32/manifest.json" in models, "no built-in model"
-kinds = {PurePosixPath(name).suffix for name in expected - models}
+graph = {f"vsc_serve/photos/efficientnet_lite0.{kind}" for kind in ("json", "onnx")}
+assert graph <= expected, "no graph of the backbone photos"
+kinds = {PurePosixPath(name).suffix for name in expected - models - graph}
 assert kinds <= {".py", ".typed", ".toml", ".html"}, f"odd files: {sorted(kinds)}"
 assert any(name.endswith("licenses/LICENSE") for name in record), "no LICENSE in the wheel"
 

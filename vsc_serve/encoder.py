@@ -29,6 +29,7 @@ from vsc_serve.compaction import (
     EncodedBatch,
     NotFinite,
 )
+from vsc_serve.domain import ReferenceStatistics, read_reference
 from vsc_serve.errors import BundleError, InputError
 from vsc_serve.images import PixelSpec, decode_pixels, read_pixels
 from vsc_serve.linear_map import LinearMap, read_linear_map
@@ -132,6 +133,13 @@ class Encoder:
             BundleError: The bundle has none, or it is damaged.
         """
         return read_linear_map(Bundle(self._path or Path(self.manifest.name), self.manifest))
+
+    @cached_property
+    def reference(self) -> ReferenceStatistics | None:
+        """Statistics of the model's own data; None of a bundle that has none. BundleError."""
+        if self._path is None:
+            return None
+        return read_reference(Bundle(self._path, self.manifest))
 
     def encode(
         self, images: NDArray[Any] | Sequence[ImageLike], *, tau: float | None = None

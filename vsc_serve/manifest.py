@@ -27,6 +27,7 @@ ENCODER_CSR: Final = "encoder_csr.onnx"
 ENCODER_TOPK: Final = "encoder_topk.onnx"
 DECODER: Final = "decoder.onnx"
 LINEAR_MAP: Final = "linear_map.npz"
+STATISTICS: Final = "statistics.json"
 
 EMBEDDING: Final = "embedding"
 """Output of an encoder behind a backbone: what the backbone gives."""

@@ -9,6 +9,7 @@ from numpy.typing import NDArray
 
 from benchmarks.quality.search_models import SearchCoder
 from vsc_serve.codes import Codes
+from vsc_serve.index.dense import search_vectors
 from vsc_serve.index.exact import search_many
 from vsc_serve.index.rerank import CANDIDATES, rerank
 from vsc_serve.linear_map import LinearMap
@@ -94,7 +95,8 @@ def measure_views(coder: SearchCoder, active: int, data: SearchData) -> Iterator
     Plain: rows and queries coded alike. Wider query: for models that have one. Second stage: the
     best 200 of either query, scored again from their codes. Capped: the same number of active
     latents in every row, in place of that number on average. Refitted: the values of stored rows
-    fitted once more, their latents as they were; queries are not changed.
+    fitted once more, their latents as they were; queries are not changed. Vector: all rows scored
+    as in a second stage, with no code of the query.
     """
     plain, wide = coder.stored(data.queries, active), coder.wide_queries(data.queries)
     linear_map, stored = coder.linear_map(), coder.stored(data.references, active)
@@ -114,6 +116,9 @@ def measure_views(coder: SearchCoder, active: int, data: SearchData) -> Iterator
         ):
             yield first_stage(first + suffix, codes, queries)
             yield second_stage(second + suffix, codes, queries, linear_map, data.queries)
+    yield vector_search("vector", stored, linear_map, data.queries)
+    refitted = linear_map.refit(stored, data.references)
+    yield vector_search("vector, refitted", refitted, linear_map, data.queries)
 
 
 def first_stage(name: str, stored: Codes, queries: Codes) -> View:
@@ -139,6 +144,15 @@ def second_stage(
     active = _active(stored)
     cost = asymmetric_cost(stored, queries) + depth * active / stored.shape[0]
     return View(name, active, found, cost, retrieval.bytes_per_row(stored) + _BYTES_PER_NORM)
+
+
+def vector_search(
+    name: str, stored: Codes, linear_map: LinearMap, rows: NDArray[np.float32]
+) -> View:
+    """Search by the vectors themselves, as `vsc search --vector` does: every row is scored."""
+    found, active = search_vectors(stored, linear_map, rows, top=TOP).rows, _active(stored)
+    width = retrieval.bytes_per_row(stored) + _BYTES_PER_NORM
+    return View(name, active, found.astype(np.intp), active, width)
 
 
 def dense_view(data: SearchData) -> View:

@@ -41,6 +41,7 @@ from vsc_serve.bundle import (
     ENCODER_TOPK,
     LINEAR_MAP,
     MANIFEST,
+    STATISTICS,
     Manifest,
     Precision,
 )
@@ -143,8 +144,9 @@ def _join(
             rows = np.concatenate(list(inputs.values()))
             graphs[ENCODER_TOPK], overflow = add_topk(folder, top_k, rows, facts)
         _write_reports(vectors, spec, found, folder)
-        if (vectors.path / LINEAR_MAP).is_file():
-            shutil.copyfile(vectors.path / LINEAR_MAP, folder / LINEAR_MAP)
+        for name in (LINEAR_MAP, STATISTICS):
+            if (vectors.path / name).is_file():
+                shutil.copyfile(vectors.path / name, folder / name)
         manifest = replace(
             manifest,
             modality=IMAGE,

@@ -115,7 +115,7 @@ def measure_trade_off(
     Returns:
         One point for each tau, in rising order.
     """
-    logit, mu = _posterior(model, encoder, measured.rows)
+    logit, mu = posterior(model, encoder, measured.rows)
     return [
         _measure_point(model, decoder, measured, tau, threshold(logit, mu, tau))
         for tau in sorted({*TAUS, own_tau})
@@ -136,11 +136,11 @@ def _measure_point(
         search_cost=search_cost(code),
         neighbour_recall=neighbour_recall(data - data.mean(0), code),
         knn=_knn(code, measured.labels),
-        squared_error=_squared_error(model, decoder, measured.rows, code),
+        squared_error=squared_error(model, decoder, measured.rows, code),
     )
 
 
-def _posterior(
+def posterior(
     model: VSC, encoder: Session, rows: NDArray[Any]
 ) -> tuple[NDArray[np.float32], NDArray[np.float32]]:
     """Return spike logits and slab means, shape (rows, latents)."""
@@ -159,9 +159,10 @@ def _knn(code: NDArray[np.float32], labels: NDArray[np.str_] | None) -> float | 
     return knn_accuracy(code[::2], labels[::2], code[1::2], labels[1::2], k=_KNN)
 
 
-def _squared_error(
+def squared_error(
     model: VSC, decoder: Session, rows: NDArray[Any], code: NDArray[np.float32]
 ) -> float:
+    """Return the squared error per row of what is decoded from codes."""
     total, scale = 0.0, 255.0 if model.data.modality == "image" else 1.0
     for start in range(0, len(rows), _BATCH_SIZE):
         (drawn,) = decoder.run(["mean"], {"code": code[start : start + _BATCH_SIZE]})

@@ -23,6 +23,7 @@ from vsc_export.parity import Parity, measure_parity, require_parity
 from vsc_export.parity_inputs import parity_inputs
 from vsc_export.precision import encoder_in
 from vsc_export.probes import write_probes
+from vsc_export.reference import measure_reference, own_rows
 from vsc_export.search_points import Neighbours, SearchPoint, measure_search
 from vsc_export.shapes import check_shapes
 from vsc_export.topk import Overflow, add_topk
@@ -35,10 +36,12 @@ from vsc_serve.bundle import (
     ENCODER_TOPK,
     LINEAR_MAP,
     MANIFEST,
+    STATISTICS,
     GraphSignature,
     Manifest,
     sha256,
 )
+from vsc_serve.domain import ReferenceStatistics
 from vsc_serve.errors import ExportError
 from vsc_serve.linear_map import write_linear_map
 from vsc_serve.session import open_session
@@ -112,7 +115,8 @@ def export_bundle(run: Path, out: Path, options: ExportOptions = DEFAULT) -> Exp
         linear_map = make_linear_map(model, neighbours.stored(tau))
         if linear_map is not None:
             write_linear_map(folder / LINEAR_MAP, linear_map)
-        trade_off = _measure_trade_off(model, folder, measured, tau)
+        trade_off, reference = _measure_codes(checkpoint, run, folder, measured, tau, options)
+        (folder / STATISTICS).write_text(reference.to_json(), encoding="utf-8")
         found = measure_search(
             neighbours,
             linear_map,
@@ -202,10 +206,22 @@ def save_graphs(
     return {name: signature(proto) for name, proto in graphs.items()}
 
 
-def _measure_trade_off(model: VSC, folder: Path, measured: Rows, tau: float) -> list[TauPoint]:
+def _measure_codes(
+    checkpoint: Checkpoint,
+    run: Path,
+    folder: Path,
+    measured: Rows,
+    tau: float,
+    options: ExportOptions,
+) -> tuple[list[TauPoint], ReferenceStatistics]:
+    """Return what each tau costs and keeps, and what codes of the model's own data look like."""
+    model = checkpoint.build_model()
     encoder = open_session(folder / ENCODER, device="cpu")
     decoder = open_session(folder / DECODER, device="cpu")
-    return measure_trade_off(model, encoder, decoder, measured, tau)
+    calibration = None if options.calibration is None else measured.rows
+    groups = own_rows(run, checkpoint.state.recipe.validation_share, calibration)
+    reference = measure_reference(model, encoder, decoder, groups, tau)
+    return measure_trade_off(model, encoder, decoder, measured, tau), reference
 
 
 def _own_active(checkpoint: Checkpoint, trade_off: list[TauPoint], tau: float) -> float:

@@ -175,8 +175,8 @@ def test_what_cannot_be_asked_is_one_line_and_an_exit_code(
 ) -> None:
     search, like = ["search", index], ["--like", "07.png"]
     cases: list[tuple[list[object], str]] = [
-        ([*like, "--queries", codes], "give one of --like, --queries and --duplicates"),
-        ([*like, "--duplicates", 0.9], "give one of --like, --queries and --duplicates"),
+        ([*like, "--queries", codes], "give one of --like, --queries, --vector and --duplicates"),
+        ([*like, "--duplicates", 0.9], "give one of --like, --queries, --vector and --duplicates"),
         (["--unlike", "07.png"], "--unlike and --not leave rows out: give --like, --has"),
         (["--not", 3], "--unlike and --not leave rows out: give --like, --has"),
         (["--has", 12], "no feature 12: the codes have latents 0 to 11"),

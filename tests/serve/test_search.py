@@ -272,7 +272,9 @@ def test_without_json_a_table_names_query_and_hits(
 def test_exactly_one_of_like_and_queries_is_given(run: Run, rows: Path) -> None:
     with pytest.raises(UsageError, match="give one of --like IMAGE"):
         run(rows)
-    with pytest.raises(UsageError, match="give one of --like, --queries and --duplicates"):
+    with pytest.raises(
+        UsageError, match="give one of --like, --queries, --vector and --duplicates"
+    ):
         run(rows, like="00.png", queries="q.npz")
 
 
@@ -349,7 +351,7 @@ def test_a_file_without_queries_and_one_that_is_not_there_are_refused(
 ) -> None:
     stored = read_codes(queries)
     write_codes(tmp_path / "none.npz", stored.codes[:0], [], stored.meta)
-    with pytest.raises(UsageError, match="there is no query in --queries"):
+    with pytest.raises(UsageError, match="there is no query"):
         run(rows, queries=tmp_path / "none.npz")
     with pytest.raises(VscError, match=r"no\.npz"):
         run(rows, queries=tmp_path / "no.npz")

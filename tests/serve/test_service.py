@@ -31,11 +31,12 @@ from hypothesis import strategies as st
 from numpy.typing import NDArray
 from PIL import Image
 
-from vsc_serve.codes import codes_to_bytes, read_codes
+from vsc_serve.codes import codes_to_bytes, dense_to_csr, read_codes
 from vsc_serve.encoder import Encoder
 from vsc_serve.errors import UsageError
+from vsc_serve.models import builtin_model
 from vsc_serve.options import EncodeOptions
-from vsc_serve.service import JSON, NPZ, Limits, answers, create_app, reading, server
+from vsc_serve.service import JSON, NPZ, Limits, answers, create_app, reading, server, watch
 from vsc_serve.service.server import serve
 from vsc_serve.session import Session
 
@@ -563,9 +564,51 @@ def test_models_describes_what_is_served(client, vector_client, fake_encoder, pi
         "pixel_spec": pixel_spec.to_json(),
         "input_dim": None,
         "engine": "fake 1.0 cpu",
+        "domain": None,
     }
     (model,) = vector_client.get("/v1/models").json()["models"]
     assert (model["pixel_spec"], model["input_dim"]) == (None, 64)
+
+
+def metric(client: AppClient, name: str) -> float | None:
+    lines = [line for line in client.get("/metrics").text.splitlines() if line.startswith(name)]
+    return float(lines[0].rpartition(" ")[2]) if lines else None
+
+
+def test_images_unlike_the_model_s_own_data_are_said_to_be_so() -> None:
+    rng = np.random.default_rng(0)
+    noise = [rng.integers(0, 256, (32, 32, 3), dtype=np.uint8) for _ in range(40)]
+    images = []
+    for pixels in noise:
+        buffer = BytesIO()
+        Image.fromarray(pixels).save(buffer, "PNG")
+        images.append(buffer.getvalue())
+    parts = file_parts(*((f"{row}.png", image) for row, image in enumerate(images)))
+    with AppClient(Encoder.open(builtin_model(), device="cpu")) as client:
+        assert "out_of_domain" not in client.post("/v1/encode", files=parts[:5]).json()
+        assert metric(client, "vsc_out_of_domain") is None  # too few to say
+        assert client.get("/v1/models").json()["models"][0]["domain"] is None
+        assert "out_of_domain" not in client.post("/v1/encode?tau=0.3", files=parts).json()
+        answer = client.post("/v1/encode", files=parts).json()
+        assert "empty" in answer["out_of_domain"]
+        recent = client.get("/v1/models").json()["models"][0]["domain"]
+        assert recent["images"] == 45
+        assert recent["out_of_domain"] == answer["out_of_domain"]
+        assert metric(client, "vsc_out_of_domain{") == 1
+        assert metric(client, "vsc_rows_total{") == 85
+
+
+def test_recent_rows_are_the_last_thousand_or_two(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(watch, "RECENT", 30)
+    watching = watch.DomainWatch(Encoder.open(builtin_model(), device="cpu"))
+    empty, full = (dense_to_csr(np.full((30, 256), value, np.float32)) for value in (0, 1))
+    seen = []
+    for codes in (empty, full[:20], full[:20]):
+        watching.note(codes, EncodeOptions())
+        recent = watching.recent()
+        assert recent is not None
+        seen.append((recent.images, recent.empty_share))
+    assert seen == [(30, 1.0), (50, 0.6), (40, 0.0)]
 
 
 def test_a_model_whose_own_threshold_is_below_that_of_queries_is_described(fake_encoder):
@@ -581,7 +624,7 @@ def test_a_model_whose_own_threshold_is_below_that_of_queries_is_described(fake_
 def test_the_root_points_to_routes_that_exist(client):
     found = client.get("/").json()
     described = client.get(found["openapi"]).json()["paths"]
-    assert {found["encode"], found["models"], found["health"]} <= described.keys()
+    assert {found[name] for name in ("encode", "models", "health", "metrics")} <= described.keys()
 
 
 def test_openapi_names_every_media_type_and_refusal_of_encode(client):

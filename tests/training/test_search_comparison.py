@@ -163,7 +163,7 @@ def test_views_of_a_code_that_loses_nothing_find_every_neighbour() -> None:
         )
         for suffix in ("", ", refitted")
         for stage in (first, second)
-    ]
+    ] + ["vector", "vector, refitted"]
     for view in found.values():
         metrics = views.metrics_of(view, data)
         assert metrics["recall_10"] == pytest.approx(1.0, abs=0.002), view.name

@@ -35,7 +35,7 @@ from vsc_serve.outputs import MARKER, FolderKind, check_output, remove_folder, w
 from vsc_serve.schema import conform, conform_fields, load_json
 from vsc_training.backbone import BackboneSpec
 from vsc_training.config import Recipe
-from vsc_training.data import Examples
+from vsc_training.data import Examples, split_rows
 from vsc_training.model import VSC, DataSpec
 
 FORMAT: Final = 1
@@ -212,15 +212,25 @@ def start_run(
     except OSError as error:
         raise InputError(f"{run}: cannot be written ({error.strerror or error}).") from error
     _write_recipe(run, recipe)
-    rows = examples.rows
-    chosen = rows[:: max(1, len(rows) // SAMPLE_COUNT)][:SAMPLE_COUNT]
-    save_samples(run, chosen, examples.images)
+    held_out = examples.split(recipe.validation_share)[1]
+    save_samples(
+        run,
+        examples.rows[_spread(np.arange(len(examples.rows)))],
+        examples.images,
+        examples.rows[_spread(held_out)] if len(held_out) else None,
+    )
     if examples.bad:
         with atomic_file(run / ERRORS) as file:
             file.writelines(
                 (json.dumps({"id": image.id, "reason": image.reason}) + "\n").encode()
                 for image in examples.bad
             )
+
+
+def _spread(rows: NDArray[np.intp]) -> NDArray[np.intp]:
+    """Return at most SAMPLE_COUNT of some row numbers, from the first to the last."""
+    count = min(len(rows), SAMPLE_COUNT)
+    return rows[np.linspace(0, len(rows) - 1, count).astype(np.intp)]
 
 
 def _write_recipe(run: Path, recipe: Recipe) -> None:
@@ -232,19 +242,24 @@ def _write_recipe(run: Path, recipe: Recipe) -> None:
         file.write(text)
 
 
-def save_samples(run: Path, rows: NDArray[Any], images: NDArray[np.uint8] | None = None) -> None:
+def save_samples(
+    run: Path,
+    rows: NDArray[Any],
+    images: NDArray[np.uint8] | None = None,
+    held_out: NDArray[Any] | None = None,
+) -> None:
     """Keep some examples beside the checkpoint.
 
     Args:
         run: The run folder.
         rows: Shape (rows, *shape).
         images: Pixels of some images, where a backbone made the rows out of images.
+        held_out: Rows that are not trained on, if any are kept out.
     """
+    optional = {"images": images, "held_out": held_out}
+    kept: dict[str, Any] = {name: part for name, part in optional.items() if part is not None}
     with atomic_file(run / SAMPLES) as file:
-        if images is None:
-            np.savez_compressed(file, rows=rows)
-        else:
-            np.savez_compressed(file, rows=rows, images=images)
+        np.savez_compressed(file, rows=rows, **kept)
 
 
 def load_samples(run: Path) -> NDArray[Any]:
@@ -257,10 +272,22 @@ def load_images(run: Path) -> NDArray[np.uint8]:
     return _load_kept(run, "images")
 
 
-def _load_kept(run: Path, name: str) -> NDArray[Any]:
+def load_held_out(run: Path, validation_share: float) -> NDArray[Any]:
+    """Read rows that were not trained on; of an older run those among `load_samples`. May be none.
+
+    Raises:
+        InputError: As `load_samples`.
+    """
+    rows = load_samples(run)
+    return _load_kept(run, "held_out", rows[split_rows(rows, validation_share)[1]])
+
+
+def _load_kept(run: Path, name: str, default: NDArray[Any] | None = None) -> NDArray[Any]:
     try:
         with np.load(run / SAMPLES, allow_pickle=False) as stored:
             old = _OLD_SAMPLES.get(name)
+            if default is not None and name not in stored:
+                return default
             kept: NDArray[Any] = stored[old if old in stored else name]
     except (OSError, ValueError, KeyError, EOFError, zipfile.BadZipFile) as error:
         raise InputError(f"{run / SAMPLES}: unreadable ({error}). Train again.") from error

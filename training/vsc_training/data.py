@@ -70,15 +70,23 @@ class Examples:
         return digest.hexdigest()[:16]
 
     def split(self, validation_share: float) -> tuple[NDArray[np.intp], NDArray[np.intp]]:
-        """Return the rows for training and those for validation, by a digest of each row's content.
+        """Return the rows for training and those for validation; see `split_rows`."""
+        return split_rows(self.rows, validation_share)
 
-        Args:
-            validation_share: Share for validation, in [0, 1).
-        """
-        limit = int(validation_share * 2**32)
-        keys = np.fromiter((_content_key(row) for row in self.rows), np.uint64, len(self.rows))
-        is_validation = keys < limit
-        return np.flatnonzero(~is_validation), np.flatnonzero(is_validation)
+
+def split_rows(
+    rows: NDArray[Any], validation_share: float
+) -> tuple[NDArray[np.intp], NDArray[np.intp]]:
+    """Return the rows for training and those for validation, by a digest of each row's content.
+
+    Args:
+        rows: Shape (rows, *shape).
+        validation_share: Share for validation, in [0, 1).
+    """
+    limit = int(validation_share * 2**32)
+    keys = np.fromiter((_content_key(row) for row in rows), np.uint64, len(rows))
+    is_validation = keys < limit
+    return np.flatnonzero(~is_validation), np.flatnonzero(is_validation)
 
 
 def load_examples(path: Path, *, size: int | None = None) -> Examples:

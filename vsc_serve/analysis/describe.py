@@ -5,6 +5,7 @@ from typing import Any, Final
 
 from vsc_serve.bundle import LINEAR_MAP, MANIFEST, open_bundle
 from vsc_serve.codes import CodeStatistics, is_shard_folder, part_paths, read_codes
+from vsc_serve.domain import read_reference
 from vsc_serve.errors import InputError, UsageError
 from vsc_serve.options import query_tau
 from vsc_serve.schema import load_json
@@ -39,7 +40,8 @@ def describe(path: Path) -> dict[str, Any]:
 
 
 def _describe_bundle(path: Path) -> dict[str, Any]:
-    manifest = open_bundle(path).manifest
+    bundle = open_bundle(path)
+    manifest, reference = bundle.manifest, read_reference(bundle)
     takes = str(manifest.pixel_spec) if manifest.pixel_spec else f"vectors of {manifest.input_dim}"
     if manifest.backbone is not None:
         takes += f", through a backbone of {manifest.backbone['dim']} dimensions"
@@ -55,6 +57,7 @@ def _describe_bundle(path: Path) -> dict[str, Any]:
         "active": manifest.active,
         "opset": manifest.opset,
         "linear map": "yes" if LINEAR_MAP in manifest.files else "no",
+        "own data": "not recorded" if reference is None else str(reference),
         "bytes": sum((path / name).stat().st_size for name in manifest.files),
         "versions": ", ".join(f"{name} {version}" for name, version in manifest.versions.items()),
     }

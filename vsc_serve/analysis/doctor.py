@@ -8,6 +8,7 @@ from typing import Final
 
 from vsc_serve import __version__
 from vsc_serve.bundle import open_bundle
+from vsc_serve.domain import read_reference
 from vsc_serve.errors import BundleError, DeviceError
 from vsc_serve.models import builtin_model
 from vsc_serve.session import cuda_is_there, installed_flavours
@@ -78,10 +79,12 @@ def _examine_cuda() -> Finding:
 
 def _examine_builtin() -> Finding:
     try:
-        manifest = open_bundle(builtin_model()).manifest
+        bundle = open_bundle(builtin_model())
+        manifest, reference = bundle.manifest, read_reference(bundle)
     except BundleError as error:
         return Finding("FAIL", "built-in model", f"{error} Install vsc-serve again.")
-    return Finding("ok", "built-in model", f"{manifest.name}, J={manifest.latent_dim}")
+    own = "" if reference is None else f"; own data: {reference}"
+    return Finding("ok", "built-in model", f"{manifest.name}, J={manifest.latent_dim}{own}")
 
 
 def _examine_extra(name: str, packages: tuple[str, ...]) -> Finding:

@@ -90,7 +90,7 @@ def print_many(batches: Iterator[list[Answer]], form: Form) -> None:
         answered += len(answers)
         sys.stdout.flush()
     if not answered:
-        raise UsageError("there is no query in --queries")
+        raise UsageError("there is no query")
     if len(errors) == answered:
         raise InputError(
             f"none of {len(errors)} queries can be read; the first: {errors[0].query}:"

@@ -230,6 +230,7 @@ def _encoded_metrics(job: "Job", encoded: "Encoded") -> dict[str, Any]:
         "fresh": statistics.fresh,
         "resumed": outcome.resumed,
         "near_threshold": statistics.near_share,
+        "domain": None if outcome.domain is None else outcome.domain.to_json(),
         "seconds": asdict(outcome.seconds) | {"total": outcome.total_s},
     }
 
@@ -248,11 +249,22 @@ def _say_encoded(job: "Job", encoded: "Encoded") -> None:
         f"{statistics.live} live, {statistics.dead} dead, {statistics.always_on} always"
         f" on{_near(statistics)}",
     )
+    if outcome.domain is not None and outcome.domain.out_of_domain:
+        outside = ", ".join(outcome.domain.out_of_domain)
+        say("domain", f"far outside the model's own data ({outside}): {outcome.domain}")
+        say("", f"the features may not fit these images: {_fit_command(job)}")
     if outcome.rejected:
         frequent = sorted(outcome.reasons.items(), key=lambda pair: -pair[1])
         reasons = ", ".join(f"{count} {kind}" for kind, count in frequent)
         say("skipped", f"{outcome.rejected:,} inputs without a row ({reasons}): {job.errors_path}")
     say("wrote", f"{job.out}  {_size(job.out) / 1e3:,.0f} kB")
+
+
+def _fit_command(job: "Job") -> str:
+    """Return how a model of these inputs is made."""
+    if job.is_array:
+        return shlex.join(["vsc", "train", job.inputs[0], "--out", "run/"])
+    return shlex.join(["vsc", "fit", job.inputs[0], "--out", "model/"])
 
 
 def _speed(encoded: "Encoded") -> str:

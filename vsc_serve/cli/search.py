@@ -11,6 +11,7 @@ from vsc_serve.cli.finder import Finder, Metric
 from vsc_serve.cli.options import DeviceOption, JsonOption, ModelOption
 from vsc_serve.cli.queries import Asked, Index, Rule, Wish, ask_many, ask_wish
 from vsc_serve.cli.rerank import Rerank, check_depth, open_stage
+from vsc_serve.cli.vectors import answer_vectors, refuse_other_options
 from vsc_serve.console import ending_cleanly, say
 from vsc_serve.errors import UsageError
 
@@ -39,6 +40,9 @@ def search(
     queries: Annotated[
         str | None, typer.Option(help="Many: codes, or what `vsc encode` takes.")
     ] = None,
+    vector: Annotated[
+        Path | None, typer.Option(help="Dense vectors of the data's space (.npy), as queries.")
+    ] = None,
     duplicates: Annotated[
         float | None, typer.Option(help="Groups of rows with at least this cosine.")
     ] = None,
@@ -65,13 +69,20 @@ def search(
     """Find the rows most like an image, or like each of many, exactly."""
     wish = Wish(like or [], unlike or [], has or [], has_not or [])
     form = "json" if as_json else form
-    _refuse_unclear(wish, queries, duplicates)
+    _refuse_unclear(wish, queries, vector, duplicates)
     if explain and form in ("trec", "paths"):
         raise UsageError(f"--explain: --format {form} has no place for it")
     depth = check_depth(rerank, candidates, top, explain=explain)
     rows = open_rows(codes)
     if duplicates is not None:
         _print_duplicates(rows, duplicates, form)
+        return
+    if vector is not None:
+        refuse_other_options(
+            query=(query, "auto"), metric=(metric, "cosine"), rerank=(rerank, "none")
+        )
+        with ending_cleanly():
+            print_many(answer_vectors(vector, codes, rows, model, top, explain=explain), form)
         return
     index = Index(codes, rows, query, model, device, rerank)
     with ending_cleanly():
@@ -100,19 +111,25 @@ def search(
             print_one(next(answers)[0], facts, form)
 
 
-def _refuse_unclear(wish: Wish, queries: str | None, duplicates: float | None) -> None:
+def _refuse_unclear(
+    wish: Wish, queries: str | None, vector: Path | None, duplicates: float | None
+) -> None:
     """Raise UsageError where it is not clear what is asked."""
     has_wish = bool(wish.likes or wish.unlikes)
-    asked_by = has_wish + (queries is not None) + (duplicates is not None)
+    asked_by = has_wish + sum(given is not None for given in (queries, vector, duplicates))
     has_features = bool(wish.has or wish.has_not)
-    if asked_by > 1 or (duplicates is not None and has_features):
-        raise UsageError("give one of --like, --queries and --duplicates")
+    takes_no_features = duplicates is not None or vector is not None
+    if asked_by > 1 or (takes_no_features and has_features):
+        raise UsageError(
+            "give one of --like, --queries, --vector and --duplicates; --has and --not go with"
+            " --like and --queries"
+        )
     if not asked_by and not has_features:
         raise UsageError(
-            "give one of --like IMAGE (or the id of a row) and --queries FILE, or --has FEATURE, or"
-            " --duplicates COSINE"
+            "give one of --like IMAGE (or the id of a row), --queries FILE and --vector FILE.npy,"
+            " or --has FEATURE, or --duplicates COSINE"
         )
-    if queries is None and duplicates is None and not wish.likes and not wish.has:
+    if queries is None and not takes_no_features and not wish.likes and not wish.has:
         raise UsageError("--unlike and --not leave rows out: give --like, --has or --queries too")
 
 

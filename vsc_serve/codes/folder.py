@@ -1,7 +1,7 @@
 """A folder of codes files, shards, that are read as one."""
 
-from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass, field
 from itertools import chain
 from pathlib import Path
 from typing import Any, Final
@@ -33,6 +33,10 @@ _SAME_IN_ALL_SHARDS: Final = (
 )
 
 
+_OF_ALL_SHARDS: Final = ("out_of_domain",)
+"""Provenance that is known when all shards are there, and stands in their list."""
+
+
 @dataclass(frozen=True, kw_only=True)
 class Shard:
     """One file of a folder of shards."""
@@ -43,6 +47,8 @@ class Shard:
     """Rows it must hold."""
     sha256: str | None
     """Digest it must have, where the list gives one."""
+    facts: Mapping[str, Any] = field(default_factory=dict)
+    """What the list says of all shards together; it belongs to their provenance."""
 
 
 def read_codes(path: Path | str) -> CodeFile:
@@ -96,6 +102,7 @@ def list_shards(folder: Path) -> list[Shard]:
     try:
         stored = _load_list(folder)
         found, entries = conform(stored["format"], int, "format"), list(stored["shards"])
+        facts = {name: stored[name] for name in _OF_ALL_SHARDS if name in stored}
     except FileNotFoundError:
         raise InputError(
             f"{folder}: a folder without {SHARD_LIST}, so no shards of codes. Give a codes.npz, or"
@@ -114,7 +121,7 @@ def list_shards(folder: Path) -> list[Shard]:
         )
     if not entries:
         raise InputError(f"{path}: lists no shard. Encode again.")
-    return [_shard(path, entry) for entry in entries]
+    return [_shard(path, entry, facts) for entry in entries]
 
 
 def _load_list(folder: Path) -> Any:
@@ -130,7 +137,7 @@ class _Entry:
     sha256: str | None = None
 
 
-def _shard(path: Path, stored: Any) -> Shard:
+def _shard(path: Path, stored: Any, facts: Mapping[str, Any]) -> Shard:
     try:
         entry = conform_fields(conform(stored, dict[str, Any], "shard"), _Entry, ignore=True)
         if "/" in entry.file:
@@ -138,7 +145,7 @@ def _shard(path: Path, stored: Any) -> Shard:
         place = inside(path.parent, entry.file)
     except ValueError as error:
         raise InputError(f"{path}: damaged ({error}). Encode again.") from error
-    return Shard(path=place, rows=entry.rows, sha256=entry.sha256)
+    return Shard(path=place, rows=entry.rows, sha256=entry.sha256, facts=facts)
 
 
 def _read_shard(shard: Shard) -> CodeFile:
@@ -149,7 +156,7 @@ def _read_shard(shard: Shard) -> CodeFile:
             f"{shard.path}: {len(stored.ids)} rows, but {SHARD_LIST} says {shard.rows}."
             " Delete the file and encode again."
         )
-    return stored
+    return stored._replace(meta={**stored.meta, **shard.facts}) if shard.facts else stored
 
 
 def _stack_files(folder: Path, parts: Sequence[CodeFile]) -> CodeFile:

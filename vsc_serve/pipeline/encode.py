@@ -8,6 +8,7 @@ from typing import Any, Final, NamedTuple
 
 from vsc_serve.bundle import Bundle, open_bundle
 from vsc_serve.console import Progress
+from vsc_serve.domain import are_comparable, read_reference
 from vsc_serve.encoder import Encoder
 from vsc_serve.errors import UsageError
 from vsc_serve.executors import FIRST, ArrayExecutor, Executor, open_executor
@@ -68,6 +69,9 @@ def encode_to_file(job: Job, *, say: Say, show: Show, convert: Convert | None = 
         job.check_out()  # once more: another run may have finished in the meantime
         previous = _open_previous(job, meta, store, say) if job.is_update else None
         chosen = chain(first, chosen)
+        reference = read_reference(bundle)
+        if not are_comparable(job.options, bundle.manifest):
+            reference = None
         with show("rows" if job.is_array else "images") as report:
             outcome = run_job(
                 job,
@@ -76,6 +80,7 @@ def encode_to_file(job: Job, *, say: Say, show: Show, convert: Convert | None = 
                 bundle.manifest.latent_dim,
                 convert=convert,
                 previous=previous,
+                reference=reference,
                 report=report,
                 say=say,
             )

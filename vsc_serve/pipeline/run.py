@@ -24,6 +24,7 @@ from vsc_serve.codes import (
     take_rows,
 )
 from vsc_serve.console import Progress
+from vsc_serve.domain import DomainComparison, ReferenceStatistics, compare, domain_facts
 from vsc_serve.errors import InputError, Interrupted, SourceUnavailable
 from vsc_serve.executors import (
     Chunk,
@@ -67,6 +68,8 @@ class Outcome:
     seconds: StageSeconds = field(default_factory=StageSeconds)
     total_s: float = 0.0
     """From the first source to the finished output."""
+    domain: DomainComparison | None = None
+    """How the codes differ from those of the model's own data, where that can be said."""
     example: str = ""
     """Id of a row, of one with active latents where the first shard has one."""
 
@@ -79,6 +82,7 @@ def run_job(
     *,
     convert: Convert | None = None,
     previous: PreviousCodes | None = None,
+    reference: ReferenceStatistics | None = None,
     report: Progress | None = None,
     say: Say = lambda label, text: None,
 ) -> Outcome:
@@ -91,6 +95,7 @@ def run_job(
         latent_dim: Columns of a code.
         convert: Writes the output from shards, where it is no codes file.
         previous: Codes whose rows are reused.
+        reference: Statistics of the model's own data, where they can be compared.
         report: Told how many sources are done.
         say: Told what a person should know.
 
@@ -109,6 +114,8 @@ def run_job(
     began = time.perf_counter()
     try:
         run.encode(executor, sources)
+        if reference is not None:
+            outcome.domain = compare(reference, outcome.statistics)
         run.finish(convert)
     except KeyboardInterrupt:
         raise Interrupted(f"interrupted; {run.how_to_resume()}") from None
@@ -281,19 +288,24 @@ class _Run:
         self._outcome.example = self._find_example()
         if self._job.is_folder:
             errors = self._write_errors()
-            self._store.keep(self._records, errors.name if errors else None)
+            self._store.keep(self._records, errors.name if errors else None, self._domain_facts())
         else:
             paths = self._store.paths(len(self._records))
             if convert is not None:
                 convert(paths, self._store.joined)
             else:
-                join_codes(paths, self._store.joined, self._meta, compress=self._job.compress)
+                meta = self._meta | self._domain_facts()
+                join_codes(paths, self._store.joined, meta, compress=self._job.compress)
             # Both are whole before the first gets its name, and the list does first: a run that is
             # killed between them is run again, and mends it.
             self._write_errors()
             self._store.publish()
             self._store.remove()
         self._outcome.seconds.write += time.perf_counter() - began
+
+    def _domain_facts(self) -> dict[str, Any]:
+        """Return what provenance says of rows that are far outside the model's own data."""
+        return domain_facts(self._outcome.domain)
 
     def _find_example(self) -> str:
         first = next(number for number, record in enumerate(self._records) if record.rows)

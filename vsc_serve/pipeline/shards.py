@@ -8,7 +8,7 @@ interruption; another run discards them. At the end they become the output.
 import hashlib
 import json
 import os
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager, suppress
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -207,8 +207,15 @@ class ShardStore:
         """Return the files of the first `count` shards."""
         return [self.path(number) for number in range(count)]
 
-    def keep(self, records: Sequence[ShardRecord], also: str | None = None) -> None:
+    def keep(
+        self,
+        records: Sequence[ShardRecord],
+        also: str | None = None,
+        facts: Mapping[str, Any] | None = None,
+    ) -> None:
         """Make the folder itself the output: shards, their list, the file `also`, nothing else.
+
+        `facts` stand in the list: what is known of all rows once they are there.
 
         What only a run needs is removed last: one that is killed before can resume.
 
@@ -220,7 +227,8 @@ class ShardStore:
             {"file": self.path(number).name, "rows": record.rows, "sha256": record.sha256}
             for number, record in enumerate(records)
         ]
-        _write_json(self.folder / SHARD_LIST, {"format": SHARD_FORMAT, "shards": shards})
+        listed = {**(facts or {}), "format": SHARD_FORMAT, "shards": shards}
+        _write_json(self.folder / SHARD_LIST, listed)
         wanted = {SHARD_LIST, also, *(str(shard["file"]) for shard in shards)}
         with self._writing():
             for path in self.folder.glob("part-*.npz"):

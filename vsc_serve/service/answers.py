@@ -9,11 +9,11 @@ from fastapi import HTTPException, Response
 from fastapi.responses import JSONResponse
 
 from vsc_serve.codes import Codes, codes_to_bytes
-from vsc_serve.encoder import Encoder
 from vsc_serve.images import BadImage
 from vsc_serve.options import EncodeOptions
 from vsc_serve.service.media import JSON, NPZ, preferred
 from vsc_serve.service.reading import Batch
+from vsc_serve.service.state import Service
 
 _MAX_ERRORS_HEADER: Final = 4000
 """Bytes of X-Vsc-Errors; proxies commonly refuse headers over 4 to 8 KiB."""
@@ -21,10 +21,12 @@ _MAX_ERRORS_HEADER: Final = 4000
 Form = Callable[[Codes, Sequence[str], Sequence[BadImage], Mapping[str, Any]], Response]
 
 
-def encode_batch(encoder: Encoder, batch: Batch, options: EncodeOptions, form: Form) -> Response:
+def encode_batch(service: Service, batch: Batch, options: EncodeOptions, form: Form) -> Response:
     """Encode a batch and write the answer."""
+    encoder = service.encoder
     codes = encoder.encode_rows(batch.rows, options).codes
-    return form(codes, batch.ids, batch.errors, encoder.provenance(options))
+    domain = service.watch.note(codes, options)
+    return form(codes, batch.ids, batch.errors, encoder.provenance(options) | domain)
 
 
 def _json_answer(

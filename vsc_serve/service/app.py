@@ -21,6 +21,7 @@ from vsc_serve.encoder import Encoder
 from vsc_serve.errors import InputError, UsageError
 from vsc_serve.options import EncodeOptions, View, query_tau
 from vsc_serve.service.answers import encode_batch, form_for, nothing_usable, refusal
+from vsc_serve.service.media import METRICS
 from vsc_serve.service.reading import read_batch
 from vsc_serve.service.schemas import ENCODE_REQUEST, ENCODE_RESPONSES
 from vsc_serve.service.state import Limits, Service
@@ -118,6 +119,7 @@ async def index() -> dict[str, str]:
         "encode": "/v1/encode",
         "models": "/v1/models",
         "health": "/v2/health/ready",
+        "metrics": "/metrics",
         "openapi": "/openapi.json",
     }
 
@@ -141,10 +143,16 @@ async def ready(request: Request) -> Response:
     return JSONResponse({"ready": False, "error": f"the service is {phase}"}, 503)
 
 
+@_router.get("/metrics", summary="Metrics for Prometheus", response_class=Response)
+async def metrics(request: Request) -> Response:
+    """Say what was encoded, and how the last rows differ from the model's own data."""
+    return Response(_service(request).watch.metrics(), media_type=METRICS)
+
+
 @_router.get("/v1/models", summary="Which model is served")
 async def models(request: Request) -> dict[str, list[dict[str, Any]]]:
     """Describe the model: what it takes, what a code looks like, and what computes it."""
-    encoder = _service(request).encoder
+    encoder, recent = _service(request).encoder, _service(request).watch.recent()
     manifest = encoder.manifest
     spec = manifest.pixel_spec
     model = {
@@ -157,6 +165,7 @@ async def models(request: Request) -> dict[str, list[dict[str, Any]]]:
         "pixel_spec": spec.to_json() if spec else None,
         "input_dim": manifest.input_dim,
         "engine": encoder.engine,
+        "domain": None if recent is None else recent.to_json(),
     }
     return {"models": [model]}
 
@@ -192,7 +201,7 @@ async def encode(
         batch = await read_batch(request, service, raw_id=x_image_id)
         if not batch.ids:
             raise HTTPException(422, nothing_usable(batch.errors))
-        return await service.work(encode_batch, service.encoder, batch, options, form)
+        return await service.work(encode_batch, service, batch, options, form)
     except asyncio.CancelledError:  # only a service that is stopping and waits no longer does this
         raise HTTPException(503, "the service stopped before this request was done") from None
 

@@ -6,6 +6,8 @@ from typing import Final
 JSON: Final = "application/json"
 NPZ: Final = "application/x-npz"
 MULTIPART: Final = "multipart/form-data"
+METRICS: Final = "text/plain; version=0.0.4"
+"""Text format of Prometheus."""
 RAW: Final = "application/octet-stream"
 
 

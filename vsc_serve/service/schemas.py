@@ -27,6 +27,9 @@ class EncodeAnswer(BaseModel):
     """Of queries (`as=query`): the tau of the rows they are for; else it is left out."""
     engine: str
     vsc_serve: str
+    out_of_domain: list[str] | None = None
+    """What is far outside the model's own data: some of `active`, `empty` and `features`; else it
+    is left out."""
     latent_dim: int
     rows: list[Row]
     errors: list[BadImage]

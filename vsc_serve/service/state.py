@@ -10,6 +10,7 @@ from vsc_serve.cpus import usable_cpus
 from vsc_serve.encoder import Encoder
 from vsc_serve.errors import UsageError
 from vsc_serve.images import MAX_PIXELS
+from vsc_serve.service.watch import DomainWatch
 
 T = TypeVar("T")
 
@@ -40,6 +41,7 @@ class Service:
     def __init__(self, encoder: Encoder, limits: Limits) -> None:
         self.encoder = encoder
         self.limits = limits
+        self.watch = DomainWatch(encoder)
         self.phase: Literal["starting", "ready", "draining"] = "starting"
         self.in_flight = 0
         self._threads = anyio.CapacityLimiter(limits.workers)
