@@ -75,7 +75,7 @@ def curves(
 
 def _draw(data: str, results: Sequence[Result], path: Path) -> None:
     pyplot = _pyplot()
-    figure, panels = pyplot.subplots(1, 2, figsize=(11, 4.6), sharey=True, layout="constrained")
+    figure, panels = pyplot.subplots(1, 2, figsize=(11, 5.4), sharey=True, layout="constrained")
     titles = (("bytes", "bytes of a stored row"), ("search_cost", "multiplications per stored row"))
     for panel, (axis, title) in zip(panels, titles, strict=True):
         for (family, view), pairs in curves(results, axis).items():
@@ -88,7 +88,8 @@ def _draw(data: str, results: Sequence[Result], path: Path) -> None:
         panel.grid(alpha=0.3)
         panel.xaxis.set_major_formatter("{x:g}")
     panels[0].set_ylabel("recall@10 of the dense neighbours")
-    panels[1].legend(fontsize=8, loc="lower right")
+    # Below both panels: there is no corner that no curve comes near.
+    figure.legend(*panels[0].get_legend_handles_labels(), loc="outside lower center", ncols=3)
     latents = sorted({result["latent_dim"] for result in results})
     figure.suptitle(f"{data}, J = {', '.join(map(str, latents))}")
     figure.savefig(path, dpi=_DOTS_PER_INCH, metadata={"Software": None})

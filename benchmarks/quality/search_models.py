@@ -75,6 +75,10 @@ class SearchCoder(Protocol):
         """Return queries that keep more than stored rows do; None for a model without them."""
         ...
 
+    def capped(self, rows: NDArray[np.float32], active: int) -> "Codes | None":
+        """Return the codes with at most so many active latents in each row; None as above."""
+        ...
+
     def linear_map(self) -> LinearMap:
         """Return the map from codes to rows."""
         ...
@@ -94,6 +98,10 @@ class SaeCoder:
 
     def wide_queries(self, rows: NDArray[np.float32]) -> "Codes | None":
         """Return None: every query has k active latents."""
+        return None
+
+    def capped(self, rows: NDArray[np.float32], active: int) -> "Codes | None":
+        """Return None: every row has k active latents."""
         return None
 
     def linear_map(self) -> LinearMap:
@@ -128,6 +136,16 @@ class VscCoder:
         values = (np.sqrt(gamma) * mu).astype(np.float32)
         is_on = logits > math.log(QUERY_TAU / (1.0 - QUERY_TAU))
         return dense_to_csr(np.where(is_on, values, np.float32(0)))
+
+    def capped(self, rows: NDArray[np.float32], active: int) -> "Codes | None":
+        """Return mu of the largest |mu| where gamma is above QUERY_TAU.
+
+        `vsc encode --tau 0.1 --max-active ACTIVE` makes the same.
+        """
+        logits, mu = self._posterior(rows)
+        size = np.where(logits > math.log(QUERY_TAU / (1.0 - QUERY_TAU)), np.abs(mu), 0)
+        least = np.partition(size, -active, axis=1)[:, -active, None]
+        return dense_to_csr(np.where((size >= least) & (size > 0), mu, np.float32(0)))
 
     def linear_map(self) -> LinearMap:
         """Return the map that an export of this model would have."""

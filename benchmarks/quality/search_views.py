@@ -88,23 +88,32 @@ def needs_centering(rows: NDArray[np.float32]) -> bool:
     return bool(np.square(rows.mean(0)).sum() > _CENTERED_FROM * np.square(rows).sum(1).mean())
 
 
-def measure_views(coder: SearchCoder, active: float, data: SearchData) -> Iterator[View]:
+def measure_views(coder: SearchCoder, active: int, data: SearchData) -> Iterator[View]:
     """Yield every view of a model at one active count.
 
-    Plain: rows and queries coded alike. Wider query: for models that have one. Refitted: the values
-    of stored rows fitted once more, their latents as they were; queries are not changed. Second
-    stage: the best 200 of the widest query that there is, scored again from their codes.
+    Plain: rows and queries coded alike. Wider query: for models that have one. Second stage: the
+    best 200 of either query, scored again from their codes. Capped: the same number of active
+    latents in every row, in place of that number on average. Refitted: the values of stored rows
+    fitted once more, their latents as they were; queries are not changed.
     """
-    plain = coder.stored(data.queries, active)
-    wide, linear_map = coder.wide_queries(data.queries), coder.linear_map()
-    stored = coder.stored(data.references, active)
-    refitted = linear_map.refit(stored, data.references)
-    for suffix, codes in (("", stored), (", refitted", refitted)):
-        yield first_stage(f"plain{suffix}", codes, plain)
-        if wide is not None:
-            yield first_stage(f"wider query{suffix}", codes, wide)
-        asked = plain if wide is None else wide
-        yield second_stage(f"second stage{suffix}", codes, asked, linear_map, data.queries)
+    plain, wide = coder.stored(data.queries, active), coder.wide_queries(data.queries)
+    linear_map, stored = coder.linear_map(), coder.stored(data.references, active)
+    asked = [(stored, plain, "plain", "second stage")]
+    if wide is not None:
+        asked = [
+            (stored, plain, "plain", "second stage of plain"),
+            (stored, wide, "wider query", "second stage"),
+        ]
+    capped = coder.capped(data.references, active)
+    if wide is not None and capped is not None:
+        asked.append((capped, wide, "capped, wider query", "capped, second stage"))
+    for rows, queries, first, second in asked:
+        for suffix, codes in (
+            ("", rows),
+            (", refitted", linear_map.refit(rows, data.references)),
+        ):
+            yield first_stage(first + suffix, codes, queries)
+            yield second_stage(second + suffix, codes, queries, linear_map, data.queries)
 
 
 def first_stage(name: str, stored: Codes, queries: Codes) -> View:

@@ -139,6 +139,9 @@ class Rotated:
     def wide_queries(self, rows):
         return dense_to_csr((rows @ orthonormal_map().weights.T).astype(np.float32))
 
+    def capped(self, rows, active):
+        return self.stored(rows, active)
+
     def linear_map(self):
         return orthonormal_map()
 
@@ -153,8 +156,13 @@ def test_views_of_a_code_that_loses_nothing_find_every_neighbour() -> None:
     found = {view.name: view for view in views.measure_views(Rotated(), DIMENSIONS, data)}
     assert list(found) == [
         f"{stage}{suffix}"
+        for first, second in (
+            ("plain", "second stage of plain"),
+            ("wider query", "second stage"),
+            ("capped, wider query", "capped, second stage"),
+        )
         for suffix in ("", ", refitted")
-        for stage in ("plain", "wider query", "second stage")
+        for stage in (first, second)
     ]
     for view in found.values():
         metrics = views.metrics_of(view, data)
