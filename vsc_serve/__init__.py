@@ -38,7 +38,7 @@ if TYPE_CHECKING:
         UsageError,
         VscError,
     )
-    from vsc_serve.images import Fit, PixelSpec
+    from vsc_serve.images import Fit, PixelSpec, Resample
     from vsc_serve.linear_map import LinearMap
     from vsc_serve.manifest import GraphSignature, Manifest, Modality, Precision, Probe
     from vsc_serve.options import EncodeOptions, Thresholds, View
@@ -77,6 +77,7 @@ _HOMES = {
     "PixelSpec": "images",
     "Precision": "manifest",
     "Probe": "manifest",
+    "Resample": "images",
     "Session": "session",
     "SourceUnavailable": "errors",
     "Thresholds": "options",
@@ -119,6 +120,7 @@ __all__ = [
     "PixelSpec",
     "Precision",
     "Probe",
+    "Resample",
     "Session",
     "SourceUnavailable",
     "Thresholds",

@@ -16,6 +16,7 @@ from warnings import warn
 
 from vsc_serve.errors import BundleError, InputError
 from vsc_serve.images import PixelSpec
+from vsc_serve.images.preprocess import stored_fields
 from vsc_serve.schema import conform_fields, load_json, shortened
 
 FORMAT: Final = 1
@@ -181,7 +182,8 @@ class Manifest:
                 " Upgrade vsc-serve, or export the model again."
             )
         try:
-            _refuse_other_rule(stored.get("pixel_spec"))
+            if isinstance(spec := stored.get("pixel_spec"), dict):
+                stored["pixel_spec"] = stored_fields(spec)
             return conform_fields(stored, cls, ignore=True)
         except ValueError as error:
             raise BundleError(f"{path}: damaged manifest ({error}). Export again.") from error
@@ -236,15 +238,6 @@ def _wrong_files(manifest: Manifest) -> Iterator[str]:
         outputs = manifest.graphs.get(ENCODER_TOPK, {}).get("outputs", {})
         if not outputs or not all(map(_ROWS.fullmatch, map(" ".join, outputs.items()))):
             yield f"graphs must give the shapes of the outputs of {ENCODER_TOPK}"
-
-
-def _refuse_other_rule(spec: Any) -> None:
-    """Raise ValueError for a `pixel_spec` that asks for more than a PixelSpec can say."""
-    if isinstance(spec, dict):
-        fixed = {"resample": "bilinear-antialias", "background": "white"}
-        for name, value in fixed.items():
-            if spec.pop(name, value) != value:
-                raise ValueError(f"pixel_spec.{name} must be {value}")
 
 
 def image_spec(manifest: Manifest) -> PixelSpec:

@@ -11,7 +11,8 @@ from numpy.typing import NDArray
 from PIL import Image
 
 from vsc_serve.errors import InputError
-from vsc_serve.images import PixelSpec, to_pixels
+from vsc_serve.images import PixelSpec, read_pixels, to_pixels
+from vsc_serve.images.preprocess import jpeg_scale
 
 GREY = PixelSpec(height=4, width=4, channels=1)
 RGB = PixelSpec(height=4, width=4, channels=3)
@@ -234,3 +235,78 @@ def test_a_pixel_spec_survives_json_and_reads_well():
     assert PixelSpec.from_json(spec.to_json()) == spec
     assert str(spec) == "32x28 grey, stretch"
     assert str(RGB) == "4x4 RGB, crop"
+
+
+def test_bicubic_is_pillows_antialiased_filter() -> None:
+    image = Image.fromarray(photo(90, 120))
+    spec = PixelSpec(height=30, width=30, channels=3, resample="bicubic")
+    expected = image.crop((15, 0, 105, 90)).resize((30, 30), Image.Resampling.BICUBIC)
+    inner = (slice(2, -2), slice(2, -2))  # at the edge the filter sees beyond the box
+    np.testing.assert_array_equal(to_pixels(image, spec)[inner], np.asarray(expected)[inner])
+    bilinear = to_pixels(image, PixelSpec(height=30, width=30, channels=3))
+    assert (to_pixels(image, spec) != bilinear).any()
+
+
+@pytest.mark.parametrize("size", [(300, 200), (200, 300), (1200, 900)])
+def test_crop_pct_is_a_resize_of_the_shorter_side_and_a_cut_from_the_middle(
+    size: tuple[int, int],
+) -> None:
+    width, height = size
+    image = Image.fromarray(photo(height, width))
+    found = to_pixels(image, PixelSpec(height=56, width=56, channels=3, crop_pct=56 / 64))
+    scale = 64 / min(size)
+    whole = image.resize((round(width * scale), round(height * scale)), Image.Resampling.BILINEAR)
+    left, top = (whole.width - 56) // 2, (whole.height - 56) // 2
+    expected = np.asarray(whole.crop((left, top, left + 56, top + 56)))
+    assert np.abs(found.astype(int) - expected).mean() < 3.0
+    assert np.abs(found.astype(int) - to_pixels(image, spec_of(56))).mean() > 3.0
+
+
+def spec_of(side: int) -> PixelSpec:
+    return PixelSpec(height=side, width=side, channels=3)
+
+
+@pytest.mark.parametrize("kind", ["PNG", "JPEG"])
+@pytest.mark.parametrize("fit", ["crop", "stretch"])
+def test_an_image_of_the_models_size_is_cut_as_well(kind: str, fit: Any) -> None:
+    buffer = io.BytesIO()
+    Image.fromarray(photo(32, 32)).save(buffer, kind)
+    spec = PixelSpec(height=32, width=32, channels=3, fit=fit, crop_pct=0.5)
+    found = read_pixels(buffer.getvalue(), spec)
+    with Image.open(buffer) as opened:
+        expected = opened.convert("RGB").resize((32, 32), 2, box=(8, 8, 24, 24))
+    np.testing.assert_array_equal(found, np.asarray(expected))
+
+
+@pytest.mark.parametrize(("side", "decoded"), [(447, 1), (448, 2), (511, 2), (512, 2)])
+def test_a_jpeg_is_decoded_at_a_scale_that_has_twice_the_target(side: int, decoded: int) -> None:
+    assert jpeg_scale((side, side), 1, spec_of(112)) == decoded
+
+
+def test_of_the_part_that_is_kept_twice_the_target_is_decoded() -> None:
+    spec = PixelSpec(height=112, width=112, channels=3, crop_pct=0.875)
+    assert jpeg_scale((511, 511), 1, spec) == 1
+    assert jpeg_scale((512, 512), 1, spec) == 2
+
+
+@pytest.mark.parametrize(
+    "spec",
+    [
+        GREY,
+        PixelSpec(height=4, width=6, channels=3, fit="stretch", resample="bicubic"),
+        PixelSpec(height=4, width=6, channels=3, crop_pct=0.875),
+    ],
+)
+def test_a_rule_is_read_as_it_was_written(spec: PixelSpec) -> None:
+    assert PixelSpec.from_json(spec.to_json()) == spec
+
+
+def test_the_rule_of_older_bundles_is_written_as_it_was() -> None:
+    assert GREY.to_json() == {
+        "height": 4,
+        "width": 4,
+        "channels": 1,
+        "fit": "crop",
+        "resample": "bilinear-antialias",
+        "background": "white",
+    }

@@ -61,6 +61,8 @@ FAULTS: list[tuple[dict[str, Any], dict[str, Any], type[Exception], str]] = [
     ({}, {"height": 32}, UsageError, r"is \['n', 3, 16, 16\], but b.json says NCHW with 32x16"),
     ({}, {"layout": "NHWC"}, UsageError, "says NHWC with 16x16 pixels of 3 channels. Correct"),
     ({}, {"layout": "CHW"}, UsageError, "layout is 'CHW'; give NCHW or NHWC"),
+    ({}, {"resample": "nearest"}, UsageError, "resample must be one of bilinear, bicubic, not 'ne"),
+    ({}, {"crop_pct": 0}, UsageError, "crop_pct must be above 0 and at most 1, not 0"),
     ({}, {"output": "pooled"}, UsageError, r"Write one of embedding into b.json: .* 'pooled'"),
     ({"kind": "UINT8"}, {}, UsageError, "takes uint8 and scales inside. Remove them"),
     ({"kind": "INT32"}, {}, InputError, r"is tensor\(int32\) .* four dimensions of fl"),

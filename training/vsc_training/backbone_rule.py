@@ -17,7 +17,8 @@ LEVELS: Final = 255.0
 
 _LEAST_STD: Final = 1e-30
 """Smaller ones have no reciprocal in float32."""
-_KEYS: Final = ("height", "width", "channels", "fit", "layout", "mean", "std", "output")
+_PIXELS: Final = ("height", "width", "channels", "fit", "resample", "crop_pct")
+_KEYS: Final = (*_PIXELS, "layout", "mean", "std", "output")
 
 
 def read_stated(path: Path, taken: Port) -> dict[str, Any]:
@@ -57,12 +58,8 @@ def _example(taken: Port) -> str:
 def pixel_spec_of(path: Path, stated: dict[str, Any]) -> PixelSpec:
     """Return how an image becomes pixels. Raises UsageError."""
     try:
-        return PixelSpec(
-            height=stated["height"],
-            width=stated["width"],
-            channels=stated.get("channels", 3),
-            fit=stated.get("fit", "crop"),
-        )
+        needed = {"height": stated["height"], "width": stated["width"], "channels": 3}
+        return PixelSpec(**needed | {key: stated[key] for key in _PIXELS if key in stated})
     except KeyError as error:
         raise UsageError(f"{path.with_suffix('.json')}: {error} is missing.") from None
     except (ValueError, TypeError) as error:

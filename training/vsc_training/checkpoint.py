@@ -31,6 +31,7 @@ from torch import Tensor
 from vsc_serve.atomic import atomic_file
 from vsc_serve.errors import InputError, UsageError
 from vsc_serve.images import PixelSpec
+from vsc_serve.images.preprocess import stored_fields
 from vsc_serve.outputs import MARKER, FolderKind, check_output, remove_folder, write_marker
 from vsc_serve.schema import conform, conform_fields, load_json
 from vsc_training.backbone import BackboneSpec
@@ -359,7 +360,7 @@ def _state_from_json(stored: Any, path: Path) -> RunState:
     found = conform_fields(stored, _StoredState, ignore=True)
     backbone = BackboneSpec.from_json(found.backbone) if found.backbone else None
     spec = found.pixel_spec and conform_fields(
-        found.pixel_spec, PixelSpec, "pixel_spec", ignore=True
+        stored_fields(found.pixel_spec), PixelSpec, "pixel_spec", ignore=True
     )
     return RunState(
         step=found.step,

@@ -9,7 +9,7 @@ from vsc_serve.images.decode import (
     read_pixels,
 )
 from vsc_serve.images.opening import is_heif, open_image
-from vsc_serve.images.preprocess import Fit, PixelSpec, fit_pixels, to_pixels
+from vsc_serve.images.preprocess import Fit, PixelSpec, Resample, fit_pixels, to_pixels
 
 __all__ = [
     "DECODE_ERRORS",
@@ -17,6 +17,7 @@ __all__ = [
     "BadImage",
     "Fit",
     "PixelSpec",
+    "Resample",
     "decode_pixels",
     "fit_pixels",
     "is_heif",

@@ -71,7 +71,8 @@ def read_pixels(
     content = image if isinstance(image, bytes) else read_file(str(image))
     plain = read_plain_png(content, max_pixels)
     if plain is not None:
-        is_fitting = plain.size == (spec.width, spec.height) and plain.mode == spec.mode
+        is_whole = plain.size == (spec.width, spec.height) and spec.crop_pct == 1.0
+        is_fitting = is_whole and plain.mode == spec.mode
         return copy_pixels(plain) if is_fitting else fit_pixels(plain, spec)
     try:
         if content.startswith(_JPEG_START):
@@ -92,7 +93,7 @@ def _read_jpeg(content: bytes, spec: PixelSpec, max_pixels: int) -> NDArray[np.u
     pixels = decode_jpeg(content, header, scale)
     if pixels is None:
         image = _decode_with_pillow(content, header, scale)
-    elif pixels.shape == spec.shape and header.orientation == 1:
+    elif pixels.shape == spec.shape and header.orientation == 1 and spec.crop_pct == 1.0:
         return pixels
     else:
         image = Image.frombytes(

@@ -17,8 +17,11 @@ from vsc_serve.images.compositing import composite_onto_white
 from vsc_serve.images.orientation import TRANSPOSED, read_orientation, turn_upright
 
 Fit = Literal["crop", "stretch"]
+Resample = Literal["bilinear", "bicubic"]
 
 _FITS: Final = ("crop", "stretch")
+_FILTERS: Final = {"bilinear": Image.Resampling.BILINEAR, "bicubic": Image.Resampling.BICUBIC}
+_ANTIALIAS: Final = "-antialias"
 _JPEG_FORMATS: Final = ("JPEG", "MPO")
 _UNBOUNDED_MODES: Final = ("I", "F")
 
@@ -35,6 +38,11 @@ class PixelSpec:
     """1 (grey) or 3 (RGB)."""
     fit: Fit = "crop"
     """`crop` cuts the largest centred part of the right shape; `stretch` changes the shape."""
+    resample: Resample = "bilinear"
+    """Filter of Pillow's that images are resized with; antialiased, as all of Pillow's are."""
+    crop_pct: float = 1.0
+    """Share of each side of that part which is kept, centred, in (0, 1]: 224 / 256 resizes to 256
+    and cuts 224 out of the middle."""
 
     def __post_init__(self) -> None:
         if self.height < 1 or self.width < 1:
@@ -43,6 +51,12 @@ class PixelSpec:
             raise ValueError(f"channels must be 1 (grey) or 3 (RGB), not {self.channels}")
         if self.fit not in _FITS:
             raise ValueError(f"fit must be one of {', '.join(_FITS)}, not {self.fit!r}")
+        if self.resample not in _FILTERS:
+            raise ValueError(
+                f"resample must be one of {', '.join(_FILTERS)}, not {self.resample!r}"
+            )
+        if isinstance(self.crop_pct, bool) or not 0.0 < self.crop_pct <= 1.0:
+            raise ValueError(f"crop_pct must be above 0 and at most 1, not {self.crop_pct!r}")
 
     @property
     def shape(self) -> tuple[int, int, int]:
@@ -55,17 +69,40 @@ class PixelSpec:
         return "L" if self.channels == 1 else "RGB"
 
     def to_json(self) -> dict[str, Any]:
-        """Return the fields as a JSON object, with the fixed parts of the rule spelled out."""
-        return asdict(self) | {"resample": "bilinear-antialias", "background": "white"}
+        """Return the fields as a JSON object, with the fixed parts of the rule spelled out.
+
+        `crop_pct` is left out where all is kept, so that the rule of older bundles stays as it is.
+        """
+        stored = asdict(self) | {"resample": self.resample + _ANTIALIAS, "background": "white"}
+        if self.crop_pct == 1.0:
+            del stored["crop_pct"]
+        return stored
 
     @classmethod
     def from_json(cls, stored: dict[str, Any]) -> "PixelSpec":
         """Read what `to_json` wrote. Raises ValueError or KeyError on anything else."""
-        return cls(**{field.name: stored[field.name] for field in fields(cls)})
+        found = {"crop_pct": 1.0} | stored_fields(stored)
+        return cls(**{field.name: found[field.name] for field in fields(cls)})
 
     def __str__(self) -> str:
         colour = "grey" if self.channels == 1 else "RGB"
-        return f"{self.width}x{self.height} {colour}, {self.fit}"
+        share = "" if self.crop_pct == 1.0 else f" {self.crop_pct:g}"
+        resample = "" if self.resample == "bilinear" else f", {self.resample}"
+        return f"{self.width}x{self.height} {colour}, {self.fit}{share}{resample}"
+
+
+def stored_fields(stored: dict[str, Any]) -> dict[str, Any]:
+    """Return the fields of a spec, unchecked, from what `to_json` wrote.
+
+    Raises:
+        ValueError: It asks for another background than white, the only one there is.
+    """
+    found = dict(stored)
+    if found.pop("background", "white") != "white":
+        raise ValueError("pixel_spec.background must be white")
+    if isinstance(found.get("resample"), str):
+        found["resample"] = found["resample"].removesuffix(_ANTIALIAS)
+    return found
 
 
 def to_pixels(image: Image.Image, spec: PixelSpec) -> NDArray[np.uint8]:
@@ -73,8 +110,8 @@ def to_pixels(image: Image.Image, spec: PixelSpec) -> NDArray[np.uint8]:
 
     In this order: JPEG is decoded at a reduced scale that still has at least twice the target size
     in each direction; EXIF rotation is undone; transparency is composited onto white; the colour
-    mode is converted; the image is cropped or stretched and resized with an antialiased bilinear
-    filter. Of an animation the first frame counts, of 16-bit grey the upper eight bits.
+    mode is converted; the image is cropped or stretched and resized with an antialiased
+    filter, the spec's. Of an animation the first frame counts, of 16-bit grey the upper eight bits.
 
     A file is better given to `read_pixels`, which does the same and knows what Pillow does not say
     of a file.
@@ -103,11 +140,12 @@ def jpeg_scale(size: tuple[int, int], orientation: int, spec: PixelSpec) -> int:
     Args:
         size: Width and height in the file.
         orientation: How the file is turned.
-        spec: What is wanted; twice its sides remain at least.
+        spec: What is wanted; of the part that is kept, twice its sides remain at least.
     """
     is_transposed = orientation in TRANSPOSED
     target = (spec.height, spec.width) if is_transposed else (spec.width, spec.height)
-    largest = min(size[0] // (2 * target[0]), size[1] // (2 * target[1]))
+    kept = [int(side * spec.crop_pct) for side in size]
+    largest = min(kept[0] // (2 * target[0]), kept[1] // (2 * target[1]))
     return next((scale for scale in (8, 4, 2) if scale <= largest), 1)
 
 
@@ -123,9 +161,9 @@ def fit_pixels(image: Image.Image, spec: PixelSpec) -> NDArray[np.uint8]:
     """
     size = (spec.width, spec.height)
     image = _to_mode(image, spec.mode)
-    if image.size != size:
-        box = _crop_box(image.size, size) if spec.fit == "crop" else None
-        image = image.resize(size, Image.Resampling.BILINEAR, box=box)
+    if image.size != size or spec.crop_pct < 1.0:
+        box = _crop_box(image.size, size if spec.fit == "crop" else image.size, spec.crop_pct)
+        image = image.resize(size, _FILTERS[spec.resample], box=box)
     return np.frombuffer(image.tobytes(), np.uint8).reshape(spec.shape)
 
 
@@ -160,9 +198,11 @@ def _upper_byte(image: Image.Image) -> Image.Image:
     return Image.fromarray((np.asarray(image).astype(np.uint16) >> 8).astype(np.uint8))
 
 
-def _crop_box(size: tuple[int, int], target: tuple[int, int]) -> tuple[float, float, float, float]:
-    """Return the largest centred box with the shape of `target`: (left, top, right, bottom)."""
-    scale = min(size[0] / target[0], size[1] / target[1])
+def _crop_box(
+    size: tuple[int, int], target: tuple[int, int], share: float
+) -> tuple[float, float, float, float]:
+    """Return a share of the largest centred box with the shape of `target`, centred as well."""
+    scale = min(size[0] / target[0], size[1] / target[1]) * share
     # Rounding may take the product just over the image's size, where Pillow refuses the box.
     width, height = min(target[0] * scale, size[0]), min(target[1] * scale, size[1])
     left, top = (size[0] - width) / 2, (size[1] - height) / 2
