@@ -14,7 +14,9 @@ from vsc_serve.codes import dense_to_csr, read_codes, write_codes
 from vsc_serve.encoder import Encoder
 from vsc_serve.errors import BundleError, InputError, UsageError
 from vsc_serve.index import dense
+from vsc_serve.index.base import Part
 from vsc_serve.index.dense import search_vectors
+from vsc_serve.index.inverted import ExactIndex
 from vsc_serve.linear_map import LinearMap
 from vsc_serve.options import EncodeOptions
 
@@ -91,6 +93,21 @@ def test_vectors_of_a_file_are_answered_in_order_and_bad_ones_shift_nothing(
         assert [hit["id"] for hit in answer["hits"]] == [stored.ids[row] for row in best]
     assert answers[2]["error"] == "is 0 everywhere, and nothing is like it"
     assert answers[3]["error"] == "holds values that are not finite (NaN or infinity)"
+
+
+def test_an_index_answers_as_its_codes_do_without_the_rows_that_were_removed(
+    ask: Ask, rows: Path, mapped_bundle: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    stored, vectors = read_codes(rows), np.random.default_rng(1).random((2, 16))
+    everything = ask(vectors, top=len(stored.ids))
+    first = everything[0]["hits"][0]["id"]
+    index = ExactIndex.build([Part(rows, stored)], tmp_path / "index")
+    index.remove([first])
+    path = tmp_path / "q.npy"
+    search(tmp_path / "index", vector=path, top=3, as_json=True, model=mapped_bundle)
+    for line, answer in zip(capsys.readouterr().out.splitlines(), everything, strict=True):
+        left = [hit["id"] for hit in answer["hits"] if hit["id"] != first]
+        assert [hit["id"] for hit in json.loads(line)["hits"]] == left[:3]
 
 
 def test_one_vector_needs_no_second_axis_and_explanations_sum_to_the_score(ask: Ask) -> None:
