@@ -25,6 +25,7 @@ if TYPE_CHECKING:
     )
     from vsc_serve.compaction import BatchFacts, Compaction, EncodedBatch, GraphOutputs
     from vsc_serve.decoder import Decoder
+    from vsc_serve.domain import GroupStatistics, ReferenceStatistics
     from vsc_serve.encoder import Encoder, ImageLike
     from vsc_serve.errors import (
         BundleError,
@@ -66,6 +67,7 @@ _HOMES = {
     "Fit": "images",
     "GraphOutputs": "compaction",
     "GraphSignature": "manifest",
+    "GroupStatistics": "domain",
     "Ids": "sources",
     "InputError": "errors",
     "Interrupted": "errors",
@@ -77,6 +79,7 @@ _HOMES = {
     "PixelSpec": "images",
     "Precision": "manifest",
     "Probe": "manifest",
+    "ReferenceStatistics": "domain",
     "Resample": "images",
     "Session": "session",
     "SourceUnavailable": "errors",
@@ -109,6 +112,7 @@ __all__ = [
     "Fit",
     "GraphOutputs",
     "GraphSignature",
+    "GroupStatistics",
     "Ids",
     "ImageLike",
     "InputError",
@@ -120,6 +124,7 @@ __all__ = [
     "PixelSpec",
     "Precision",
     "Probe",
+    "ReferenceStatistics",
     "Resample",
     "Session",
     "SourceUnavailable",

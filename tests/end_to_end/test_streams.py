@@ -110,7 +110,7 @@ def test_a_closed_stderr_does_not_end_up_in_a_file_that_is_written(folder: Path)
 @pytest.mark.slow
 @pytest.mark.parametrize("encoding", ["ascii", "latin-1", "utf-8"])
 def test_no_encoding_costs_a_result(folder: Path, encoding: str) -> None:
-    done = run(folder, COMMANDS["search"] + " --top 6", PYTHONIOENCODING=encoding)
+    done = run(folder, COMMANDS["search"] + " --top 6 --with-query", PYTHONIOENCODING=encoding)
     assert done.returncode == 0
     assert len(done.stdout.splitlines()) == 6
     shown = printable(ODD).encode(encoding, "backslashreplace")

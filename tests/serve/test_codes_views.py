@@ -48,7 +48,7 @@ def test_an_image_is_found_again_whatever_its_code_holds(tmp_path, options, caps
     for path in (codes, in_shards(codes, tmp_path / "shards")):
         arguments = {"top": 6, "metric": "cosine", "explain": False, "device": "cpu"}
         search(
-            path, like=str(IMAGES[3]), query="symmetric", model=BUNDLE, as_json=True, **arguments
+            path, like=[str(IMAGES[3])], query="symmetric", model=BUNDLE, as_json=True, **arguments
         )
         hits = json.loads(capsys.readouterr().out)["hits"]
         by_id = {hit["id"]: hit["score"] for hit in hits}

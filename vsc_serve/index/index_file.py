@@ -2,7 +2,6 @@
 
 import json
 import re
-import shutil
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -12,7 +11,7 @@ from vsc_serve.atomic import atomic_file
 from vsc_serve.errors import InputError
 from vsc_serve.index.base import INDEX_FILE, damaged, read_index_file
 from vsc_serve.index.segment import SegmentFacts
-from vsc_serve.outputs import FolderKind
+from vsc_serve.outputs import FolderKind, remove_folder
 from vsc_serve.schema import conform_fields
 
 FORMAT: Final = 1
@@ -27,6 +26,17 @@ def _contents(stored: dict[str, Any]) -> Sequence[str] | None:
     return ("segment-*/*.npy",) if is_ours else None
 
 
+class _SegmentFolder(FolderKind):
+    """Segments that no index names: they are known by their names and what they hold."""
+
+    def why_not_ours(self, path: Path) -> str | None:
+        is_ours = _SEGMENT.fullmatch(path.name) and all(
+            entry.suffix == ".npy" for entry in path.iterdir()
+        )
+        return None if is_ours else "no segment of an index"
+
+
+_SEGMENT_FOLDER: Final = _SegmentFolder(name="a segment", contents=lambda stored: None)
 INDEX_FOLDER: Final = FolderKind(name="an index", markers=(INDEX_FILE,), contents=_contents)
 
 
@@ -78,7 +88,7 @@ def clean(path: Path, manifest: IndexFile) -> None:
         if not _SEGMENT.fullmatch(folder.name):
             continue
         if folder.name not in named:
-            shutil.rmtree(folder)
+            remove_folder(folder, _SEGMENT_FOLDER)
             continue
         removed = named[folder.name]
         for file in folder.iterdir():

@@ -16,7 +16,7 @@ QueryRule = Literal["auto", "wide", "symmetric"]
 
 WIDE_FROM: Final = 0.3
 """Threshold of rows from which a wide query finds more on every data set that was measured; at 0.2
-it costs recall on text."""
+it costs recall on text, but not where `max_active` cuts the rows."""
 
 _OF_ALL: Final = ("latents", "model_digest", "sign")
 """What must be the same in queries and rows."""
@@ -29,8 +29,8 @@ def query_options(
 ) -> EncodeOptions:
     """Return how the queries of stored rows are encoded.
 
-    By `auto`, queries are wide where that is measured to help: rows hold slab means, all of them
-    (no `max_active`), and their threshold is known, at least 0.3, and not below that of queries.
+    By `auto`, queries are wide where that is measured to help: rows hold slab means, and their
+    threshold is known, not below that of queries, and at least 0.3 or with `max_active`.
 
     Args:
         rows: Provenance of the rows.
@@ -57,8 +57,9 @@ def query_options(
 
 
 def _is_measured(rows: EncodeOptions, tau_q: float) -> bool:
-    has_all_means = rows.view == "mean" and rows.max_active is None
-    return has_all_means and rows.tau is not None and rows.tau >= max(WIDE_FROM, tau_q)
+    if rows.view != "mean" or rows.tau is None or rows.tau < tau_q:
+        return False
+    return rows.tau >= WIDE_FROM or rows.max_active is not None
 
 
 def check_rows(path: Path, rows: CodeFile) -> None:
