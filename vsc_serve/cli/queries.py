@@ -259,6 +259,6 @@ def _asked(
             " --query symmetric asks as the rows were made"
         )
         return Asked("wide", how, batches)
-    why = f" (wide ones are for slab means of rows with tau from {WIDE_FROM:g}, or cut by --max-active)"
+    why = f" (wide ones are for slab means, with tau from {WIDE_FROM:g} or --max-active)"
     how = f"symmetric: as the rows were made, tau {tau:g}{why if index.rule == 'auto' else ''}"
     return Asked("symmetric", how, batches)
