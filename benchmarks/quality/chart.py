@@ -19,8 +19,9 @@ _FAMILIES: Final = {
 }
 _VIEWS: Final = {
     "plain": ("-", "o"),
-    "wider query": (":", "^"),
+    "capped, wider query": (":", "^"),
     "second stage, refitted": ("--", "s"),
+    "capped, second stage, refitted": ("-.", "D"),
 }
 """Views that are drawn, where a model has them."""
 _DOTS_PER_INCH: Final = 130
@@ -82,7 +83,13 @@ def _draw(data: str, results: Sequence[Result], path: Path) -> None:
             name, colour = _FAMILIES[family]
             line, marker = _VIEWS[view]
             places = tuple(zip(*pairs, strict=True))
-            panel.plot(*places, line, marker=marker, color=colour, label=f"{name}, {view}")
+            panel.plot(
+                *places,
+                linestyle=line,
+                marker=marker,
+                color=colour,
+                label=f"{name}, {view}",
+            )
         panel.set_xscale("log", base=2)
         panel.set_xlabel(title)
         panel.grid(alpha=0.3)

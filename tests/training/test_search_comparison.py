@@ -350,13 +350,13 @@ def test_a_chart_has_a_curve_for_each_model_and_view_over_the_active_counts() ->
         result("topk-16", "plain", 16, 0.6),
         result("topk-32", "plain", 32, 0.7),
         result("vsc-search", "plain", 16, 0.1),
-        result("vsc-search", "wider query", 16, 0.55),
+        result("vsc-search", "capped, wider query", 16, 0.55),
         result("vsc-search", "second stage, refitted", 16, 0.8),
     ]
     assert chart.curves(results, "bytes") == {
         ("topk", "plain"): [(128.0, 0.5), (256.0, 0.7)],
         ("vsc-search", "plain"): [(128.0, 0.1)],
-        ("vsc-search", "wider query"): [(128.0, 0.55)],
+        ("vsc-search", "capped, wider query"): [(128.0, 0.55)],
         ("vsc-search", "second stage, refitted"): [(128.0, 0.8)],
     }
 
