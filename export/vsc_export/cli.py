@@ -8,7 +8,13 @@ import typer
 
 from vsc_export.fit_cli import fit
 from vsc_export.talk import parity_line, say_next, say_written, write_model
-from vsc_serve.cli.options import BackboneOption, DeviceOption, find_backbone, print_json
+from vsc_serve.cli.options import (
+    AllowCollapsedOption,
+    BackboneOption,
+    DeviceOption,
+    find_backbone,
+    print_json,
+)
 from vsc_serve.console import require_extra, say
 from vsc_serve.errors import UsageError
 from vsc_training.threads import sleep_when_idle
@@ -58,9 +64,7 @@ def export(
     about: Annotated[
         Path | None, typer.Option(help="Markdown for the top of the model card.", exists=True)
     ] = None,
-    allow_collapsed: Annotated[
-        bool, typer.Option("--allow-collapsed", help="Export a collapsed model as well.")
-    ] = False,
+    allow_collapsed: AllowCollapsedOption = False,
     force: Annotated[bool, typer.Option("--force", help="Replace the bundle.")] = False,
 ) -> None:
     """Write a run as a bundle of ONNX files, after proving that they compute the same."""

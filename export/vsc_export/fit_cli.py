@@ -11,6 +11,7 @@ from vsc_export.talk import say_next, say_written, write_model
 from vsc_serve.cli.options import (
     PHOTOS,
     ActiveOption,
+    AllowCollapsedOption,
     BackboneOption,
     DeviceOption,
     ForceOption,
@@ -48,6 +49,7 @@ def fit(
     seed: SeedOption = 0,
     device: DeviceOption = "auto",
     threads: ThreadsOption = 0,
+    allow_collapsed: AllowCollapsedOption = False,
     as_json: JsonOption = False,
     force: ForceOption = False,
 ) -> None:
@@ -60,7 +62,7 @@ def fit(
     from vsc_training.cli import say_model, torch_device
     from vsc_training.resolve import resolve
 
-    given = overrides or []
+    given = [*(["on_collapse=warn"] if allow_collapsed else []), *(overrides or [])]
     chosen_recipe(purpose, [], given, active=active, seed=seed)  # refuses before the work
     run, own_device = run_of(out), torch_device(device, threads)
     file = _choose_backbone(data, backbone)
@@ -83,7 +85,7 @@ def fit(
             force=force,
         )
     say("codes", f"{health}")
-    done = write_model(run, out, ExportOptions(), file)
+    done = write_model(run, out, ExportOptions(allow_collapsed=allow_collapsed), file)
     say_written(done)
     say_next(done)
     if as_json:

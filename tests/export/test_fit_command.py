@@ -136,3 +136,43 @@ def test_twenty_images_leave_nothing_behind(tmp_path: Path, grey_folder: Path) -
     assert found.returncode == 2
     assert "20 usable examples are too few" in found.stderr
     assert [path.name for path in tmp_path.iterdir()] == ["images"]
+
+
+@pytest.mark.slow
+def test_a_collapsed_model_is_written_only_where_that_is_asked_for(tmp_path: Path) -> None:
+    """Noise without structure leaves every latent off."""
+    noise, out = tmp_path / "noise.npy", tmp_path / "model"
+    np.save(noise, np.random.default_rng(0).normal(size=(240, 6)).astype(np.float32))
+    words = ["fit", noise, "--out", out, "--threads", 1, "--set", "steps=60", "--set", "beta=50.0"]
+    words += ["--set", "latent_dim=8", "--set", "pseudo_inputs=4"]
+    stopped = vsc(*words)
+    assert (stopped.returncode, out.exists()) == (1, False), stopped.stderr
+    assert "collapsed" in stopped.stderr
+    written = vsc(*words, "--allow-collapsed")
+    assert written.returncode == 0, written.stderr
+    assert (out / "manifest.json").is_file()
+
+
+@pytest.mark.slow
+def test_a_fit_that_is_killed_while_it_exports_trains_nothing_again(
+    tmp_path: Path, grey_folder: Path
+) -> None:
+    out = tmp_path / "model"
+    small = [word for field in SMALL for word in ("--set", field)]
+    words = ["fit", str(grey_folder), "--out", str(out), "--threads", "1", *small]
+    killed = subprocess.Popen(
+        [sys.executable, "-m", "vsc_serve", *words], stderr=subprocess.PIPE, text=True
+    )
+    assert killed.stderr is not None
+    for line in killed.stderr:
+        if line.startswith("codes"):  # the training is done
+            killed.kill()
+            break
+    killed.stderr.close()
+    killed.wait()
+    assert not out.exists()
+    log = (run_of(out) / "log.jsonl").read_text()
+    again = vsc(*words)
+    assert again.returncode == 0, again.stderr
+    assert (out / "manifest.json").is_file()
+    assert (run_of(out) / "log.jsonl").read_text() == log

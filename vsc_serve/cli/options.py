@@ -37,6 +37,9 @@ OverridesOption = Annotated[
 ActiveOption = Annotated[
     float | None, typer.Option(help="Active latents per image to ask for (sets alpha).")
 ]
+AllowCollapsedOption = Annotated[
+    bool, typer.Option("--allow-collapsed", help="Export a collapsed model as well.")
+]
 SeedOption = Annotated[int, typer.Option(help="Seed of choices and noise.", min=0)]
 TrainingData = Annotated[Path, typer.Argument(help="Folder of images, .npz or .npy.")]
 JsonOption = Annotated[bool, typer.Option("--json", help="Print JSON to stdout.")]
