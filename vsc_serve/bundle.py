@@ -31,6 +31,7 @@ from vsc_serve.manifest import (
     Precision,
     Probe,
     image_spec,
+    url_name,
 )
 from vsc_serve.outputs import FolderKind
 from vsc_serve.schema import shortened
@@ -56,6 +57,7 @@ __all__ = [
     "image_spec",
     "open_bundle",
     "sha256",
+    "url_name",
 ]
 
 # What no sensible bundle reaches; one that is larger asks for memory or time.

@@ -28,6 +28,7 @@ from vsc_serve.compaction import (
     Compaction,
     EncodedBatch,
     NotFinite,
+    first_bad_row,
 )
 from vsc_serve.domain import ReferenceStatistics, read_reference
 from vsc_serve.errors import BundleError, InputError
@@ -193,6 +194,38 @@ class Encoder:
             parts = [empty_rows(latent_dim, aligned=options.uncertainty)]
         return EncodedBatch(stack_rows(parts, latent_dim), decisions)
 
+    def outputs(
+        self, rows: NDArray[Any], names: Sequence[str], *, tau: float | None = None
+    ) -> dict[str, NDArray[np.float32]]:
+        """Return dense outputs of the encoder graph.
+
+        Args:
+            rows: Pixels or vectors, as `encode` takes them.
+            names: Outputs: `code`, `spike_logit`, `mu`, `logvar`.
+            tau: Spike threshold in (0, 1) in place of the model's own.
+
+        Returns:
+            Each output, shape (rows, latents).
+
+        Raises:
+            InputError: Wrong shape or type, or a model that gives values that are not finite.
+            UsageError: `tau` is out of range.
+        """
+        _check_rows(rows, self.manifest)
+        limit = threshold_logit(EncodeOptions(tau=tau).thresholds(self.manifest).tau)
+        wanted = list(dict.fromkeys(["code", "spike_logit", *names]))  # the first two are checked
+        parts = {name: [np.empty((0, self.manifest.latent_dim), np.float32)] for name in wanted}
+        for start in range(0, len(rows), BATCH_SIZE):
+            batch = rows[start : start + BATCH_SIZE]
+            feeds = {self.manifest.modality: batch, "tau_logit": np.array(limit)}
+            for name, output in zip(wanted, self._session.run(wanted, feeds), strict=True):
+                parts[name].append(output[: len(batch)])
+        found = {name: np.concatenate(arrays) for name, arrays in parts.items()}
+        bad = first_bad_row(found)
+        if bad is not None:
+            raise self._not_finite(bad)
+        return {name: found[name] for name in names}
+
     def targets(self, rows: NDArray[Any]) -> NDArray[np.float32]:
         """Return what the decoder is to draw for rows, and a second stage compares with.
 
@@ -260,14 +293,16 @@ class Encoder:
                 return encoded
             return self._complete(encoded, targets_of(rows, found), options)
         except NotFinite as error:
-            row = start + error.row
-            raise InputError(
-                f"row {row}: model {self.manifest.name} gives values that are not finite"
-                " (NaN or infinity). Leave the row out; a model that does so for ordinary input is"
-                " broken.",
-                kind="not finite",
-                row=row,
-            ) from None
+            raise self._not_finite(start + error.row) from None
+
+    def _not_finite(self, row: int) -> InputError:
+        return InputError(
+            f"row {row}: model {self.manifest.name} gives values that are not finite"
+            " (NaN or infinity). Leave the row out; a model that does so for ordinary input is"
+            " broken.",
+            kind="not finite",
+            row=row,
+        )
 
     def _complete(
         self, encoded: EncodedBatch, targets: NDArray[np.float32], options: EncodeOptions

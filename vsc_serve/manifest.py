@@ -249,5 +249,10 @@ def image_spec(manifest: Manifest) -> PixelSpec:
     return manifest.pixel_spec
 
 
+def url_name(manifest: Manifest) -> str:
+    """Return the model's name as a folder and a URL take it."""
+    return re.sub(r"[^A-Za-z0-9_.-]+", "_", manifest.name).strip(".") or "model"
+
+
 def _is_weight(name: str) -> bool:
     return name.endswith((".onnx", ".bin"))

@@ -9,7 +9,6 @@ repository gives the codes that the bundle was checked for. The same bundle give
 """
 
 import json
-import re
 import shutil
 from collections.abc import Iterable, Sequence
 from importlib.resources import files
@@ -17,7 +16,7 @@ from pathlib import Path
 from typing import Final, NamedTuple
 
 from vsc_serve.atomic import atomic_folder
-from vsc_serve.bundle import ENCODER, ENCODER_TOPK, Bundle, Manifest, open_bundle
+from vsc_serve.bundle import ENCODER, ENCODER_TOPK, Bundle, Manifest, open_bundle, url_name
 from vsc_serve.outputs import marked, write_marker
 
 MAX_BATCH_SIZE: Final = 256
@@ -60,7 +59,7 @@ def write_repository(bundle: Path, out: Path) -> list[str]:
         InputError: The folder cannot be written.
     """
     opened = open_bundle(bundle)
-    name = model_name(opened.manifest)
+    name = url_name(opened.manifest)
     with atomic_folder(out, REPOSITORY) as repository:
         _write_onnx_model(repository / name, opened, ENCODER)
         if ENCODER_TOPK in opened.manifest.files:
@@ -69,11 +68,6 @@ def write_repository(bundle: Path, out: Path) -> list[str]:
         names = sorted(path.name for path in repository.iterdir())
         write_marker(repository, _KIND)  # a file here is no model to the server
         return names
-
-
-def model_name(manifest: Manifest) -> str:
-    """Return the model's name as a folder and a URL take it."""
-    return re.sub(r"[^A-Za-z0-9_.-]+", "_", manifest.name).strip(".") or "model"
 
 
 def _write_onnx_model(folder: Path, bundle: Bundle, graph: str) -> None:

@@ -7,11 +7,7 @@ module that the server gives it. With VSC_TRITON (docs/development.md) a real se
 import importlib.util
 import io
 import json
-import os
-import socket
-import subprocess
 import sys
-import time
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -23,9 +19,10 @@ import onnxruntime
 import pytest
 from numpy.typing import NDArray
 from PIL import Image
+from triton_server import triton_server
 
-from vsc_export.triton import MAX_BATCH_SIZE, model_name, write_repository
-from vsc_serve.bundle import open_bundle
+from vsc_export.triton import MAX_BATCH_SIZE, write_repository
+from vsc_serve.bundle import open_bundle, url_name
 from vsc_serve.codes import Codes, build_csr
 from vsc_serve.encoder import Encoder
 from vsc_serve.errors import BundleError
@@ -146,8 +143,8 @@ def test_a_name_becomes_one_that_a_url_takes(tiny_bundle: Path) -> None:
     from dataclasses import replace
 
     manifest = open_bundle(tiny_bundle).manifest
-    assert model_name(replace(manifest, name="größe 2/b")) == "gr_e_2_b"
-    assert model_name(replace(manifest, name="..")) == "model"
+    assert url_name(replace(manifest, name="größe 2/b")) == "gr_e_2_b"
+    assert url_name(replace(manifest, name="..")) == "model"
 
 
 # model.py, with a stand-in for the module of the server
@@ -312,91 +309,8 @@ def as_bytes_input(content: Sequence[bytes]) -> NDArray[np.object_]:
 @pytest.fixture(scope="module")
 def server(repository: Path, tmp_path_factory: pytest.TempPathFactory) -> Iterator[int]:
     """A Triton server with the sparse model on loopback; gives its gRPC port."""
-    environment = os.environ.get("VSC_TRITON")
-    if not environment:
-        pytest.skip("VSC_TRITON is not set: docs/development.md says what to install for it")
-    pytest.importorskip("tritonclient.grpc")
-    folder = tmp_path_factory.mktemp("server")
-    port = free_port()
-    with (folder / "log.txt").open("wb") as log:
-        process = start_server(Path(environment), repository, folder, port, log)
-        try:
-            wait_until_ready(process, port, folder / "log.txt")
-            yield port
-        finally:
-            process.terminate()
-            try:
-                process.wait(30)
-            except subprocess.TimeoutExpired:
-                process.kill()
-
-
-def start_server(
-    environment: Path, repository: Path, folder: Path, port: int, log: Any
-) -> "subprocess.Popen[bytes]":
-    """Start the server that nvidia-pytriton carries, with the Python of that environment.
-
-    The Python backend wants its stub beside it, and finds the environment by the path to python.
-    """
-    import shutil
-
-    python = environment / "bin" / "python"
-    question = (
-        "import sys, sysconfig as s; print(s.get_path('purelib'), s.get_config_var('LIBDIR'))"
-    )
-    done = subprocess.run([python, "-c", question], check=True, capture_output=True, text=True)
-    packages, libraries = done.stdout.split()
-    version = Path(packages).parent.name.removeprefix("python")
-    server = Path(packages) / "pytriton" / "tritonserver"
-    backends = folder / "backends"
-    shutil.copytree(server / "backends", backends)
-    stub = server / "python_backend_stubs" / version / "triton_python_backend_stub"
-    shutil.copy(stub, backends / "python")
-    models = folder / "models"
-    shutil.copytree(repository / "bars_sparse", models / "bars_sparse")
-    options = {
-        "--model-repository": models,
-        "--backend-directory": backends,
-        "--grpc-address": "127.0.0.1",
-        "--grpc-port": port,
-        "--allow-http": "false",
-        "--allow-metrics": "false",
-    }
-    return subprocess.Popen(
-        [
-            server / "bin" / "tritonserver",
-            *(str(word) for pair in options.items() for word in pair),
-        ],
-        env=os.environ
-        | {
-            "PATH": f"{environment / 'bin'}{os.pathsep}{os.environ['PATH']}",
-            "LD_LIBRARY_PATH": f"{Path(packages) / 'nvidia_pytriton.libs'}:{libraries}",
-        },
-        stdout=log,
-        stderr=subprocess.STDOUT,
-    )
-
-
-def free_port() -> int:
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        return int(probe.getsockname()[1])
-
-
-def wait_until_ready(process: "subprocess.Popen[bytes]", port: int, log: Path) -> None:
-    from tritonclient import grpc
-    from tritonclient.utils import InferenceServerException
-
-    deadline = time.monotonic() + 60
-    with grpc.InferenceServerClient(f"127.0.0.1:{port}") as client:
-        while time.monotonic() < deadline and process.poll() is None:
-            try:
-                if client.is_model_ready("bars_sparse"):
-                    return
-            except InferenceServerException:
-                pass
-            time.sleep(0.1)
-    pytest.fail(f"the server did not become ready:\n{log.read_text(errors='replace')[-3000:]}")
+    with triton_server(repository, "bars_sparse", tmp_path_factory.mktemp("server")) as ports:
+        yield ports.grpc
 
 
 def ask(port: int, feeds: dict[str, tuple[NDArray[Any], str]]) -> Any:

@@ -20,6 +20,7 @@ from vsc_serve.bundle import Manifest
 from vsc_serve.encoder import Encoder
 from vsc_serve.errors import InputError, UsageError
 from vsc_serve.options import EncodeOptions, View, query_tau
+from vsc_serve.service import v2
 from vsc_serve.service.answers import encode_batch, form_for, nothing_usable, refusal
 from vsc_serve.service.media import METRICS
 from vsc_serve.service.reading import read_batch
@@ -48,6 +49,7 @@ def create_app(encoder: Encoder, limits: Limits | None = None) -> FastAPI:
     )
     app.state.service = service
     app.include_router(_router)
+    app.include_router(v2.router)
     app.add_middleware(_Gate, service=service)
     app.add_exception_handler(StarletteHTTPException, _answer_refusal)
     app.add_exception_handler(RequestValidationError, _answer_bad_parameter)
