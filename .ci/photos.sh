@@ -38,8 +38,14 @@ fail() {
     exit 1
 }
 
-"$python" -c "import sys, tarfile; tarfile.open(sys.argv[1]).extractall('.', filter='data')" \
-    "$VSC_DATA/photos.tar.xz"
+# Python 3.11.3 and older have no filter.
+"$python" - "$VSC_DATA/photos.tar.xz" <<'PYTHON'
+import sys
+import tarfile
+
+safely = {"filter": "data"} if hasattr(tarfile, "data_filter") else {}
+tarfile.open(sys.argv[1]).extractall(".", **safely)
+PYTHON
 [ -f photos/cat/0000.jpg ] || fail "photos.tar.xz holds no photos/cat/0000.jpg"
 
 # One thread: two that wait for each other on a busy machine are ten times slower.
