@@ -52,7 +52,8 @@ PYTHON
 run vsc train photos --out run --set steps=400 --threads 1
 run vsc export run --out model
 run vsc encode photos --out codes.npz --model model
-run vsc search codes.npz --like photos/cat/0000.jpg --explain --model model | tee hits.txt
+# As rows were made: a wide query of a photograph may like another one better.
+run vsc search codes.npz --like photos/cat/0000.jpg --query symmetric --explain --model model | tee hits.txt
 run vsc decode codes.npz --out drawn --rows 0:100 --model model
 run vsc info codes.npz
 
